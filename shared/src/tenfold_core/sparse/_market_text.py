@@ -22,7 +22,7 @@ from tenfold_core.errors import InputError
 
 __all__ = ["Body", "Header", "bad_line", "count_entries", "scan_header"]
 
-_HEADER_LIMIT = 1 << 26  # bytes of comments before the size line
+_HEADER_LIMIT = 1 << 24  # bytes of comments before the size line
 _BLOCK = 1 << 18
 _ENTRY_LIMIT = 512  # bytes a line may take on average; bounds what a gzip bomb can expand to
 _GZIP_RATIO = 1032  # the most deflate can reach
@@ -31,7 +31,8 @@ _SYMMETRIES = ("general", "symmetric", "skew-symmetric", "hermitian")
 _NUMBERS = {"pattern": 0, "complex": 2}  # values per entry; every other field has one
 _INTEGERS = ("integer", "unsigned-integer", "pattern")
 _SPACE = b" \t\r\n\v\f"
-_FORTRAN = bytes.maketrans(b"dD", b"ee")  # 1D3 -> 1e3
+_FORTRAN = bytes.maketrans(b"dDE", b"eee")  # 1D3 -> 1e3
+_MALFORMED = (b"..", b".-", b"--", b"ee", b"e.")  # what is left of 1.5.2 or 1.5-103, digits removed
 _REAL = re.compile(r"[+-]?(\d+\.?\d*([ed][+-]?\d+)?|\.\d+([ed][+-]?\d+)?|inf(inity)?|nan)", re.I)
 _INTEGER = re.compile(r"[+-]?\d+")
 DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
@@ -100,7 +101,7 @@ def scan_header(path: Path, *, banner: bool) -> Header:
                 limit = path.stat().st_size * (_GZIP_RATIO if packed else 1) - size
                 return Header(*kind, *counts, number, size, max(limit, 0))
     raise InputError(
-        f"{path}: found {number} lines and no size line, expected 'rows columns entries'; "
+        f"{path}: no size line in the first {number} lines, expected 'rows columns entries'; "
         "the file is truncated"
     )
 
@@ -111,7 +112,7 @@ class Body:
     def __init__(self, path: Path, header: Header) -> None:
         self.header = header
         self.found_tokens = 0
-        self.bad_line: int | None = None
+        self.suspect_line: int | None = None
         self._file = open_text(path)
         self._file.seek(header.offset)
         self._pending = header.text.encode()
@@ -120,8 +121,10 @@ class Body:
         self._limit = self._left
         self._path = path
         self._in_token = False
-        signs = b"+-" if header.field in _INTEGERS else b"+-.eEnaifty" + b"NAIFTY"
-        self._allowed = b"0123456789" + _SPACE + signs
+        self._last = b""
+        whole = header.field in _INTEGERS
+        self._table = None if whole else _FORTRAN
+        self._allowed = _SPACE + (b"-" if whole else b"-.enaiftyENAIFTY")
 
     def __enter__(self) -> "Body":
         return self
@@ -134,33 +137,40 @@ class Body:
 
         Raises:
             InputError: The text is far longer than the header allows.
-            ValueError: A character no entry may contain; ``bad_line`` says where.
+            ValueError: Text no entry may contain, from ``suspect_line`` on.
         """
         block = self._pending
         self._pending = b""
         while not block:
-            raw = self._file.read(_BLOCK)
+            raw = self._file.read1(_BLOCK)  # read would drop what a damaged gzip file still has
             if not raw:
-                return b""
+                return self._last_newline()
             self._left -= len(raw)
             if self._left < 0:
                 raise InputError(
                     f"{self._path}: more than {self._limit} bytes follow the header, "
                     f"expected {self.header.entries} entries; the size line is wrong"
                 )
-            block = raw.translate(_FORTRAN if b"." in self._allowed else None, b"+")
-            if block.translate(None, self._allowed):
-                self._locate(raw)
+            block = raw.translate(self._table, b"+")
+            marks = block.translate(None, b"0123456789")
+            if marks.translate(None, self._allowed) or any(bad in marks for bad in _MALFORMED):
+                raise self._suspect()
             self._count(block)
             self._lines += raw.count(b"\n")
         return block
 
-    def _locate(self, raw: bytes) -> None:
-        text = raw.translate(_FORTRAN) if b"." in self._allowed else raw
-        known = frozenset(self._allowed)
-        position = next(i for i, byte in enumerate(text) if byte not in known)
-        self.bad_line = self._lines + raw.count(b"\n", 0, position) + 1
-        raise ValueError("unexpected character")
+    def _last_newline(self) -> bytes:
+        """End an unfinished last line: SciPy 1.17 crashes on a file that ends with ``1e``."""
+        if not self._in_token:
+            return b""
+        self._in_token = False
+        if self._last in b"eE-":
+            raise self._suspect()
+        return b"\n"
+
+    def _suspect(self) -> ValueError:
+        self.suspect_line = self._lines + 1
+        return ValueError("not a number")
 
     def _count(self, block: bytes) -> None:
         word = np.frombuffer(block, np.uint8) > 32
@@ -169,18 +179,24 @@ class Body:
         self.found_tokens += int(np.count_nonzero(word[1:] > word[:-1]))
         self.found_tokens += int(word[0] and not self._in_token)
         self._in_token = bool(word[-1])
+        self._last = block[-1:]
 
 
-def bad_line(path: Path, header: Header, line: int | None = None) -> InputError | None:
-    """Say what is wrong in a line, or find the first line that is wrong."""
-    start = line if line is not None else header.lines + 1
+def bad_line(
+    path: Path, header: Header, start: int | None = None, *, only: bool = False
+) -> InputError | None:
+    """Say what is wrong with the first bad line from ``start`` on, or with that line only."""
+    start = start or header.lines + 1
     with open_text(path) as file:
-        for number, raw in enumerate(islice(file, start - 1, line), start):
+        lines = iter(lambda: file.readline(1 << 16), b"")
+        for number, raw in enumerate(islice(lines, start - 1, start if only else None), start):
             problem = _problem(header, raw.decode("latin-1"))
-            if problem and len(raw.split()) < header.tokens and not any(map(bytes.strip, file)):
+            cut = len(raw.split()) < header.tokens or not raw.endswith(b"\n")
+            if problem and cut and not raw.startswith(b"%") and not file.read(1 << 20).strip():
+                found = min(count_entries(path, header), header.entries - 1)
                 problem = (
                     f"the file ends inside an entry: expected {header.entries} entries, "
-                    f"found {count_entries(path, header)}; it is truncated"
+                    f"found {found}; it is truncated"
                 )
             if problem:
                 return InputError(f"{path}:{number}: {problem}")
@@ -211,7 +227,7 @@ def _banner(path: Path, text: str) -> tuple[str, str, str]:
     for word, choices in zip(words[1:], legal, strict=True):
         if word not in choices:
             raise InputError(
-                f"{path}:1: found {word[:40]!r} in the banner, expected {' or '.join(choices)}"
+                f"{path}:1: found {word[:40]!r} in the banner, expected {', '.join(choices)}"
             )
     _, layout, field, symmetry = words[1:]
     if field == "pattern" and layout == "array":
@@ -266,6 +282,8 @@ def _problem(header: Header, text: str) -> str | None:
     if not words:
         return None
     shown = text.strip()[:60]
+    if shown.startswith("%"):
+        return f"found the comment {shown!r}, expected an entry; comments go above the size line"
     if len(words) != header.tokens:
         return (
             f"found {len(words)} words in {shown!r}, expected {header.tokens} for "

@@ -171,7 +171,7 @@ def _read(path: Path, header: Header, mmread: Any) -> Any:
                 f"{header.entries} entries, found about {complete}; fetch the file again"
             ) from error
         except (ValueError, OverflowError) as error:
-            raise _explain(path, header, body.bad_line, error) from None
+            raise _explain(path, header, body.suspect_line, error) from None
     words = header.entries * header.tokens
     if body.found_tokens != words:
         raise bad_line(path, header) or InputError(
@@ -181,21 +181,21 @@ def _read(path: Path, header: Header, mmread: Any) -> Any:
     return found
 
 
-def _explain(path: Path, header: Header, line: int | None, error: Exception) -> InputError:
+def _explain(path: Path, header: Header, suspect: int | None, error: Exception) -> InputError:
     text = str(error)
-    if line is None and (match := re.match(r"Line (\d+): ", text)):
-        line = int(match[1]) - 2 + header.lines  # the stream's own header has two lines
     if match := re.search(r"Truncated file. Expected another (\d+)", text):
         return InputError(
             f"{path}: expected {header.entries} entries, found {header.entries - int(match[1])}; "
             "the file is truncated or its size line is wrong"
         )
+    match = re.match(r"Line (\d+): ", text)
+    line = int(match[1]) - 2 + header.lines if match else None  # the stream's header: two lines
     if "Too many" in text:
         return InputError(
             f"{path}:{line}: more than the {header.entries} entries that the size line promises; "
             "the size line is wrong"
         )
-    found = bad_line(path, header, line) or bad_line(path, header)
+    found = bad_line(path, header, line, only=True) if line else bad_line(path, header, suspect)
     return found or InputError(f"{path}: {text.strip()}; the file is damaged")
 
 
@@ -214,11 +214,11 @@ def _to_csr(
             f"{_first_duplicate(coo)}; leave out --no-sum to add them up"
         )
     if csr.dtype.kind in "iu":
-        _check_exact(path, csr.data)
+        _check_exact(path, header, csr.data)
         csr = csr.astype(np.float64)
     non_finite = int(np.count_nonzero(~np.isfinite(csr.data)))
     if non_finite:
-        text = f"{path}: {non_finite} values are NaN or infinite"
+        text = f"{path}: {non_finite} of {csr.nnz} values are NaN or infinite"
         if finite:
             raise InputError(f"{text}, expected finite ones; leave out --finite to keep them")
         warnings.warn(f"{text}; they are kept", TenfoldWarning, stacklevel=3)
@@ -243,7 +243,7 @@ def _to_csr(
 def _check_values(path: Path, header: Header, coo: Any) -> None:
     """Check what the symmetry says about the diagonal, and that integers are exact."""
     if coo.dtype.kind in "iu":
-        _check_exact(path, coo.data)
+        _check_exact(path, header, coo.data)
     if header.symmetry not in ("skew-symmetric", "hermitian"):
         return
     row, column = coo.coords
@@ -259,10 +259,10 @@ def _check_values(path: Path, header: Header, coo: Any) -> None:
         )
 
 
-def _check_exact(path: Path, values: np.ndarray) -> None:
+def _check_exact(path: Path, header: Header, values: np.ndarray) -> None:
     if values.size and (int(values.max()) > _EXACT or int(values.min()) < -_EXACT):
         extreme = max((int(values.max()), int(values.min())), key=abs)
-        raise InputError(
+        raise bad_line(path, header) or InputError(
             f"{path}: integer {extreme} is beyond 2**53 and has no exact float64; "
             "change the banner to 'real' to accept rounding"
         )
