@@ -85,14 +85,17 @@ results: $(need) ## rewrite the README tables from the committed results
 	  $(UV) run $(SYNC) python -m "$$name.report" $(ARGS) "$$folder"; \
 	done
 
-release: $(need) ## bump PKG by BUMP (major, minor, patch, ...), commit and tag; nothing is pushed
+release: $(need) ## bump PKG by BUMP (major, minor, patch; none as it is), commit, tag; no push
 	@test -n "$(PKG)" && test -n "$(BUMP)" || { echo "make release: give PKG= and BUMP=" >&2; exit 2; }
 	@git diff --quiet HEAD -- || { echo "make release: commit or undo the changes first" >&2; exit 1; }
-	@set -e; version=$$($(UV) version --package $(PKG) --bump $(BUMP) --dry-run --short); \
+	@set -e; bump="--bump $(BUMP)"; if [ "$(BUMP)" = none ]; then bump=; fi; \
+	  version=$$($(UV) version --package $(PKG) $$bump --dry-run --short); \
 	  $(UV) run --no-project python .github/scripts/changelog.py $(PKG) "$$version"; \
-	  $(UV) version --package $(PKG) --bump $(BUMP) --no-sync; \
-	  $(UV) run --no-project python .github/scripts/check_workspace.py; \
-	  git commit --quiet -m "$(PKG): release $$version" -- $(dir)/pyproject.toml uv.lock; \
+	  if [ -n "$$bump" ]; then $(UV) version --package $(PKG) $$bump --no-sync; fi; \
+	  $(UV) run --no-project python .github/scripts/check_workspace.py || \
+	    { git checkout --quiet -- $(dir)/pyproject.toml uv.lock; exit 1; }; \
+	  git diff --quiet HEAD -- || \
+	    git commit --quiet -m "$(PKG): release $$version" -- $(dir)/pyproject.toml uv.lock; \
 	  git tag -a "$(PKG)-v$$version" -m "$(PKG) $$version"; \
 	  echo "tagged $(PKG)-v$$version; push the commit and the tag to publish it"
 
