@@ -137,7 +137,7 @@ def hardware() -> dict[str, Any]:
     """Return the processor and its present load as plain values, for a run record."""
     return asdict(cpu_info()) | {
         "architecture": platform.machine(),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": platform.system(),
         "load_average": load_average(),
     }
 
