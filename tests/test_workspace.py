@@ -28,6 +28,7 @@ TOP_LEVEL = {
 IMPORT_NAMES = {
     "cupy-cuda12x": {"cupy", "cupyx"},
     "cupy-cuda13x": {"cupy", "cupyx"},
+    "matplotlib": {"matplotlib", "cycler", "mpl_toolkits"},
     "numba": {"numba", "llvmlite"},
     "pillow": {"PIL"},
     "pyyaml": {"yaml"},
