@@ -117,6 +117,13 @@ def test_description_of_one_member(affected, capsys):
     assert "module=tenfold_core" in lines
 
 
+def test_shapes_are_checked_where_jaxtyping_is_always_there(affected, workspace):
+    core, one, one_more, _ = workspace
+    assert affected.describe(core)["jaxtyping"] == "false"
+    assert affected.describe(one)["jaxtyping"] == "false"
+    assert affected.describe(one_more)["jaxtyping"] == "true"
+
+
 def test_an_unknown_member_is_a_usage_error_that_lists_the_known(affected, capsys):
     with pytest.raises(SystemExit, match="2"):
         affected.main(["--describe", "nothing"])

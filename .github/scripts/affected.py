@@ -163,10 +163,10 @@ def describe(member: Member) -> dict[str, str]:
         "module": member.module,
         "editable": member.editable,
         "extras": " ".join(member.test_extras),
-        "torch": str(
+        "jaxtyping": str(
             any(
-                requirement_name(requirement) == "torch" or "[torch]" in requirement
-                for requirement in (*member.requirements, *sum(member.extras.values(), ()))
+                requirement_name(requirement) == "jaxtyping" or "[torch]" in requirement
+                for requirement in member.requirements
             )
         ).lower(),
     }
