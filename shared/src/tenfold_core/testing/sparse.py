@@ -84,14 +84,17 @@ def awkward_matrices(dtype: str = "float64") -> dict[str, CSR]:
     }
 
 
+def _sizes(largest: int) -> st.SearchStrategy[int]:
+    borders = [size for size in (0, 1, 2, 31, 32, 33, 511, 512, 513) if size <= largest]
+    return st.sampled_from(borders) | st.integers(0, largest)
+
+
 @st.composite
 def csr_matrices(
     draw: st.DrawFn, *, max_rows: int = 700, max_columns: int = 700, dtype: str = "float64"
 ) -> CSR:
     """Draw canonical matrices: any shape, empty rows, a dense row, sizes around block borders."""
-    sizes = st.sampled_from([0, 1, 2, 31, 32, 33, 511, 512, 513]) | st.integers(0, 700)
-    rows = draw(sizes.filter(lambda size: size <= max_rows))
-    columns = draw(sizes.filter(lambda size: size <= max_columns))
+    rows, columns = draw(_sizes(max_rows)), draw(_sizes(max_columns))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     longest = draw(st.integers(0, min(columns, 40)))
     lengths = rng.integers(0, longest + 1, size=rows)
