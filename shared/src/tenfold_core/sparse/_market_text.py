@@ -68,10 +68,9 @@ class Header:
 
 def open_text(path: Path) -> IO[bytes]:
     """Open a plain or gzip-compressed file, recognised by its first bytes."""
-    file = path.open("rb")
-    packed = file.read(2) == b"\x1f\x8b"
-    file.seek(0)
-    return gzip.GzipFile(fileobj=file, mode="rb") if packed else file
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.GzipFile(path, "rb") if packed else path.open("rb")
 
 
 def scan_header(path: Path, *, banner: bool) -> Header:
@@ -121,7 +120,7 @@ class Body:
         self._limit = self._left
         self._path = path
         self._in_token = False
-        self._last = b""
+        self._last = b"\n"
         whole = header.field in _INTEGERS
         self._table = None if whole else _FORTRAN
         self._allowed = _SPACE + (b"-" if whole else b"-.enaiftyENAIFTY")
@@ -160,13 +159,11 @@ class Body:
         return block
 
     def _last_newline(self) -> bytes:
-        """End an unfinished last line: SciPy 1.17 crashes on a file that ends with ``1e``."""
-        if not self._in_token:
-            return b""
-        self._in_token = False
-        if self._last in b"eE-":
+        """End an unfinished last line: SciPy 1.17 crashes on some, such as ``1e`` or ``.5e3 ``."""
+        last, self._last = self._last, b"\n"
+        if last in (b"e", b"-"):
             raise self._suspect()
-        return b"\n"
+        return b"" if last == b"\n" else b"\n"
 
     def _suspect(self) -> ValueError:
         self.suspect_line = self._lines + 1
