@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hash-based partition SpMV: reorder, balance, multiply.
+
+"""
+
+from importlib import import_module
+from typing import Any
+
+_MODULE_OF = {
+    "BuildConfig": "config",
+    "HBPMatrix": "matrix",
+    "PAPER": "config",
+    "ReadError": "errors",
+    "VerificationError": "errors",
+    "calibrate": "calibration",
+    "from_csr": "matrix",
+    "load": "storage",
+    "read": "readers",
+    "reorder": "hashing",
+    "select": "selection",
+    "verify": "verification",
+}
+_MODULES = ("baselines", "generate", "readers", "torch")
+
+__all__ = [*_MODULE_OF, *_MODULES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("hbp-spmv")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

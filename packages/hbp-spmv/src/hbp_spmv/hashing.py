@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nonlinear hash: reorder the rows of a block by their number of nonzeros in O(1) a row.
+
+Two hashes are implemented beside plain sorting:
+
+* `paper`: home slot `a(k) = ((b >> s) << t) + u*b` with `b = max(k - k0, 0)`, collisions resolved by
+  an outward search. The published search is quadratic when rows share a home; here two union-find
+  arrays ("next free slot above", "next free slot below") give the same placement in near-linear time.
+* `lut`: a monotone table of at most 32 length classes, built once per matrix from its histogram; a row
+  goes to its class's range at its rank in row order. It has sorting's quality without comparisons.
+
+A placement is the array `output_hash`: `output_hash[slot]` is the local row placed in that slot.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import ArrayLike, NDArray
+from tenfold_core.errors import ConfigError, InputError
+
+__all__ = [
+    "CAP",
+    "HASHES",
+    "PAPER_HASH",
+    "HashParams",
+    "length_classes",
+    "place_classes",
+    "place_paper",
+    "place_sorted",
+    "quality",
+    "reorder",
+    "tune",
+]
+
+CAP = 255
+"""Longest row length told apart by the `lut` hash."""
+MAX_CLASSES = 32
+OWN_CLASS = 8
+"""Lengths 0..8 have a class each."""
+
+HASHES = ("lut", "paper", "tuned", "sort", "none")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HashParams:
+    """Parameters of the published hash family `a(k) = ((b >> s) << t) + u*b`, `b = max(k - k0, 0)`."""
+
+    k0: int = 0
+    """Lengths up to k0 share home slot 0."""
+    s: int = 4
+    """Right shift: 2**s neighbouring lengths share a home."""
+    t: int = 8
+    """Left shift: homes lie 2**t slots apart."""
+    u: int = 0
+    """Linear term."""
+
+    def __post_init__(self) -> None:
+        for name in ("k0", "s", "t", "u"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 0 <= value <= 31:
+                raise ConfigError(f"hash parameter {name!r}: expected an int in 0..31, got {value!r}")
+
+
+PAPER_HASH = HashParams()
+
+
+@njit(nogil=True, cache=True)
+def _find(parent, slot):
+    """Return the root of `slot`, halving the path on the way."""
+    while parent[slot] != slot:
+        parent[slot] = parent[parent[slot]]
+        slot = parent[slot]
+    return slot
+
+
+@njit(nogil=True, cache=True)
+def place_paper(lengths, k0, s, t, u, output_hash, above, below):
+    """Place the rows of one block by the published hash and collision rule.
+
+    Args:
+        lengths: nonzeros of each row, (rows,).
+        k0: lengths up to k0 share home 0.
+        s: right shift of the hash.
+        t: left shift of the hash.
+        u: linear term of the hash.
+        output_hash: result, (rows,): the row in each slot.
+        above: scratch, (rows + 1,): next free slot upwards, `rows` if there is none.
+        below: scratch, (rows + 1,): next free slot downwards plus one, 0 if there is none.
+    """
+    rows = len(lengths)
+    for slot in range(rows + 1):
+        above[slot] = slot
+        below[slot] = slot
+    for row in range(rows):
+        b = max(np.int64(lengths[row]) - k0, 0)
+        home = ((b >> s) << t) + u * b
+        if home >= rows:
+            slot = _find(below, rows) - 1
+        else:
+            up = _find(above, home)
+            down = _find(below, home + 1) - 1
+            if up == rows:
+                slot = down
+            elif down < 0 or up - home <= home - down:
+                slot = up
+            else:
+                slot = down
+        output_hash[slot] = row
+        above[slot] = slot + 1
+        below[slot + 1] = slot
+
+
+@njit(nogil=True, cache=True)
+def place_classes(lengths, classes, descending, output_hash, counts):
+    """Place rows by class, equal classes in row order: a counting sort on `classes[min(k, CAP)]`.
+
+    Args:
+        lengths: nonzeros of each row, (rows,).
+        classes: class of each length, (CAP + 1,), non-decreasing.
+        descending: put the longest class first.
+        output_hash: result, (rows,).
+        counts: scratch, (MAX_CLASSES + 1,) or more.
+    """
+    last = np.int64(classes[CAP])
+    counts[: last + 2] = 0
+    for k in lengths:
+        c = np.int64(classes[min(np.int64(k), CAP)])
+        counts[(last - c if descending else c) + 1] += 1
+    for c in range(last + 1):
+        counts[c + 1] += counts[c]
+    for row in range(len(lengths)):
+        c = np.int64(classes[min(np.int64(lengths[row]), CAP)])
+        c = last - c if descending else c
+        output_hash[counts[c]] = row
+        counts[c] += 1
+
+
+@njit(nogil=True, cache=True)
+def place_sorted(lengths, descending, output_hash):
+    """Place rows by length with a stable merge sort: the `sort2D` baseline."""
+    keys = np.empty(len(lengths), np.int64)
+    for row in range(len(lengths)):
+        keys[row] = -np.int64(lengths[row]) if descending else np.int64(lengths[row])
+    output_hash[:] = np.argsort(keys, kind="mergesort")
+
+
+def length_classes(samples: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """Cut row lengths into at most 32 monotone classes of about equal work.
+
+    Lengths 0..8 have a class each; longer ones share the rest so that each class carries about the
+    same number of nonzeros.
+
+    Args:
+        samples: row lengths of a sample of the matrix.
+
+    Returns:
+        The class of each length 0..255, (256,); longer rows have the class of 255.
+    """
+    histogram = np.bincount(np.minimum(samples, CAP), minlength=CAP + 1)
+    work = histogram * np.arange(CAP + 1)
+    work[: OWN_CLASS + 1] = 0
+    done = np.cumsum(work)
+    classes = np.arange(CAP + 1)
+    spare = MAX_CLASSES - (OWN_CLASS + 1)
+    share = (done - work)[OWN_CLASS + 1 :] * spare // max(int(done[-1]), 1)
+    classes[OWN_CLASS + 1 :] = OWN_CLASS + 1 + np.minimum(share, spare - 1)
+    return classes.astype(np.uint8)
+
+
+@njit(nogil=True, cache=True)
+def quality(lengths, order, lanes):
+    """Return (sum of group maxima, sum of within-group standard deviations, groups).
+
+    Lane efficiency is `sum(lengths) / (lanes * sum of maxima)`; groups are runs of `lanes` slots.
+    """
+    maxima = 0
+    deviation = 0.0
+    groups = 0
+    for first in range(0, len(order), lanes):
+        last = min(first + lanes, len(order))
+        longest = 0
+        total = 0.0
+        squares = 0.0
+        for slot in range(first, last):
+            k = np.int64(lengths[order[slot]])
+            longest = max(longest, k)
+            total += k
+            squares += k * k
+        mean = total / (last - first)
+        maxima += longest
+        deviation += np.sqrt(max(squares / (last - first) - mean * mean, 0.0))
+        groups += 1
+    return maxima, deviation, groups
+
+
+def tune(blocks: list[NDArray[np.integer]], lanes: int) -> HashParams:
+    """Choose (s, t) of the published family by lane efficiency on sample blocks.
+
+    Args:
+        blocks: row lengths of each sample block.
+        lanes: rows per group.
+    """
+    best, chosen = None, PAPER_HASH
+    widest = max((len(block) for block in blocks), default=1)
+    scratch = np.empty((2, widest + 1), np.int64)
+    for s in range(7):
+        for t in range(10):
+            cost = 0
+            for block in blocks:
+                order = np.empty(len(block), np.int64)
+                place_paper(block, 0, s, t, 0, order, scratch[0], scratch[1])
+                cost += quality(block, order, lanes)[0]
+            if best is None or cost < best:
+                best, chosen = cost, HashParams(s=s, t=t)
+    return chosen
+
+
+def reorder(
+    lengths: ArrayLike,
+    method: str = "lut",
+    *,
+    params: HashParams = PAPER_HASH,
+    lanes: int = 32,
+    classes: NDArray[np.uint8] | None = None,
+) -> NDArray[np.int64]:
+    """Return the row order of one block: entry `slot` is the local row placed there.
+
+    Args:
+        lengths: nonzeros of each row of the block, (rows,), non-negative integers.
+        method: one of `HASHES`.
+        params: parameters of the published family, for `paper`.
+        lanes: rows per group, for `tuned`.
+        classes: table of the `lut` hash; built from `lengths` if absent.
+
+    Raises:
+        ConfigError: the method is unknown.
+        InputError: `lengths` is not a vector of non-negative integers.
+
+    Example:
+        >>> reorder([5, 0, 1, 2, 3, 2, 0, 4], "paper", params=HashParams(s=1, t=1)).tolist()
+        [1, 2, 3, 4, 0, 5, 6, 7]
+    """
+    k = np.asarray(lengths)
+    if k.ndim != 1 or (k.size and (k.dtype.kind not in "iu" or k.min() < 0)):
+        raise InputError(
+            f"lengths: expected a vector of non-negative integers, got {k.dtype} of shape {k.shape}"
+        )
+    k = k.astype(np.int64)
+    order = np.arange(k.size)
+    if method in ("paper", "tuned"):
+        chosen = tune([k], lanes) if method == "tuned" else params
+        above, below = np.empty((2, k.size + 1), np.int64)
+        place_paper(k, chosen.k0, chosen.s, chosen.t, chosen.u, order, above, below)
+    elif method == "lut":
+        table = length_classes(k) if classes is None else classes
+        place_classes(k, table, False, order, np.empty(MAX_CLASSES + 1, np.int64))
+    elif method == "sort":
+        place_sorted(k, False, order)
+    elif method != "none":
+        raise ConfigError(f"hash: expected one of {', '.join(HASHES)}, got {method!r}")
+    return order

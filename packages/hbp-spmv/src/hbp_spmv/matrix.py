@@ -1,0 +1,571 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`HBPMatrix`: a sparse matrix bound to the fastest product this machine has for it."""
+
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+from scipy.sparse import coo_array, csr_array, issparse
+from scipy.sparse.linalg import LinearOperator
+from tenfold_core.device import cpu_info, resolve
+from tenfold_core.errors import ConfigError, InputError, MissingExtraError, TenfoldWarning
+
+from hbp_spmv.config import BuildConfig
+from hbp_spmv.fallback import ScipyLayout
+
+__all__ = ["HBPMatrix", "Stats", "canonical", "from_csr"]
+
+WORKER_NNZ = 8_000
+"""Nonzeros below which another thread costs more than it brings."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """What a build produced."""
+
+    layout: str
+    nnz: int
+    bytes: int
+    bytes_per_nnz: float
+    lane_efficiency: float
+    """Nonzeros / (lanes x longest row, summed over groups); 1 is perfect."""
+    std_before: float
+    """Mean standard deviation of the row lengths in groups of neighbouring rows."""
+    std_after: float
+    """The same after reordering."""
+    groups: int
+    heavy_rows: int
+    strips: int
+    index_bits: int
+    uniform: bool
+    """All values are equal and only one is stored."""
+    threads: int
+    build_seconds: float
+
+
+def canonical(a: Any, dtype: DTypeLike | None = None) -> csr_array:
+    """Return `a` as canonical CSR in float32, float64, complex64 or complex128.
+
+    Half precision is stored as float32; integers and booleans as float64, if they are exact there.
+    The caller's arrays are never changed.
+
+    Raises:
+        InputError: `a` is not a sparse matrix, or an integer exceeds 2**53.
+    """
+    if not issparse(a):
+        from hbp_spmv.readers import read
+
+        a = read(a)
+    if a.ndim != 2:
+        raise InputError(f"matrix: expected 2 dimensions, got shape {a.shape}")
+    a = csr_array(a)
+    target = np.dtype(dtype) if dtype is not None else _working_type(a.dtype)
+    if target.name not in ("float32", "float64", "complex64", "complex128"):
+        raise InputError(f"dtype: expected float32, float64 or complex, got {target.name}")
+    if a.dtype.kind in "iu" and a.nnz and int(np.abs(a.data.astype(np.float64)).max()) > 1 << 53:
+        raise InputError("matrix: an integer exceeds 2**53 and would be rounded; scale it first")
+    if a.dtype.kind == "c" and target.kind != "c":
+        raise InputError(f"dtype: {a.dtype.name} values do not fit {target.name}")
+    a = a.astype(target, copy=False)
+    if not a.has_canonical_format:
+        a = a.copy()
+        a.sum_duplicates()
+    return a
+
+
+def _working_type(dtype: np.dtype) -> np.dtype:
+    if dtype.kind in "biu":
+        return np.dtype(np.float64)
+    return np.result_type(dtype, np.float32)
+
+
+def from_csr(
+    a: Any,
+    *,
+    layout: str | None = None,
+    hash: str | None = None,
+    hash_params: Mapping[str, int] | None = None,
+    block: tuple[int, int] | None = None,
+    dtype: DTypeLike | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    n_products: int = 1000,
+    tune: bool = False,
+    config: BuildConfig | None = None,
+    **settings: Any,
+) -> "HBPMatrix":
+    """Build an `HBPMatrix` from any sparse matrix.
+
+    Args:
+        a: SciPy sparse matrix or array, or whatever `read` takes.
+        layout: auto, compact, paper or csr.
+        hash: lut, paper, tuned, sort or none.
+        hash_params: `k0`, `s`, `t`, `u` of the published family.
+        block: (height, width) of the published blocks.
+        dtype: type of the values and the product; by default the matrix's own.
+        threads: most threads a product may use; by default the cores of this process.
+        device: cpu or auto.
+        n_products: products the matrix is built for; few of them do not pay for a reordering.
+        tune: time the candidates of `auto` whatever `n_products` says.
+        config: all settings at once; the other arguments override it.
+        settings: further fields of `BuildConfig`.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+        InputError: the matrix cannot be stored.
+
+    Example:
+        >>> import numpy as np, scipy.sparse as sp
+        >>> H = from_csr(sp.eye_array(3, format="csr"), layout="compact")
+        >>> H @ np.array([1.0, 2.0, 3.0])
+        array([1., 2., 3.])
+    """
+    named = {"layout": layout, "hash": hash, **(hash_params or {}), **settings}
+    if block is not None:
+        named["height"], named["width"] = block
+    changes = {name: value for name, value in named.items() if value is not None}
+    try:
+        chosen = replace(config or BuildConfig(), **changes)
+    except TypeError:
+        unknown = sorted(set(changes) - set(BuildConfig.__dataclass_fields__))
+        raise ConfigError(f"from_csr: unknown setting {unknown[0]!r}; see BuildConfig") from None
+    if resolve(device).kind != "cpu":
+        raise ConfigError(f"device={device!r}: this version multiplies on the CPU; use device='cpu'")
+    matrix = canonical(a, dtype)
+    workers = _workers(threads, matrix.nnz)
+    started = time.perf_counter()
+    if chosen.layout == "auto" and matrix.dtype.kind == "f" and kernels_work():
+        from hbp_spmv.selection import choose
+
+        built = choose(matrix, chosen, threads=workers, n_products=n_products, tune=tune)
+        return HBPMatrix(built[0], built[1], matrix.dtype, workers, time.perf_counter() - started)
+    stored = build_layout(matrix, chosen)
+    return HBPMatrix(stored, chosen, matrix.dtype, workers, time.perf_counter() - started)
+
+
+def build_layout(matrix: csr_array, config: BuildConfig) -> Any:
+    """Build one layout from canonical CSR; complex values and hosts without numba get SciPy's."""
+    if matrix.dtype.kind == "c" or not kernels_work():
+        if config.layout in ("paper", "compact"):
+            reason = "complex values" if matrix.dtype.kind == "c" else "numba does not work here"
+            raise MissingExtraError(
+                f"layout={config.layout!r} is not available ({reason}); use layout='auto'"
+            )
+        return ScipyLayout(matrix)
+    if config.layout == "paper":
+        from hbp_spmv.method import PaperLayout
+
+        return PaperLayout.from_csr(matrix, config)
+    if config.layout == "csr":
+        from hbp_spmv.rowgather import RowLayout
+
+        return RowLayout.from_csr(matrix, config)
+    from hbp_spmv.compact import CompactLayout
+
+    return CompactLayout.from_csr(matrix, config)
+
+
+_KERNELS: list[bool] = []
+
+
+def kernels_work() -> bool:
+    """Tell whether numba can compile here; if not, warn once that SciPy multiplies."""
+    if not _KERNELS:
+        try:
+            import hbp_spmv.kernels.pool
+
+            _KERNELS.append(hbp_spmv.kernels.pool.MAX_WORKERS > 0)
+        except Exception as error:  # numba missing, its cache read-only, or an LLVM it cannot use
+            warnings.warn(
+                f"compiled kernels are not available ({type(error).__name__}: {error}); "
+                "products run in SciPy",
+                TenfoldWarning,
+                stacklevel=3,
+            )
+            _KERNELS.append(False)
+    return _KERNELS[0]
+
+
+def _workers(threads: int | None, nnz: int) -> int:
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise ConfigError(f"threads: expected a positive int, got {threads!r}")
+    limit = threads or cpu_info().usable_cores
+    return max(1, min(limit, 64, nnz // WORKER_NNZ))
+
+
+class HBPMatrix:
+    """An immutable sparse matrix with a fast product; safe to use from several threads.
+
+    Made by `from_csr` or `load`. It works as a SciPy `LinearOperator` (`matvec`, `rmatvec`, `shape`,
+    `dtype`) and multiplies NumPy arrays and torch tensors.
+    """
+
+    __array_priority__ = 1000
+    """`ndarray @ HBPMatrix` comes here instead of looping over elements."""
+
+    def __init__(
+        self,
+        stored: Any,
+        config: BuildConfig,
+        dtype: np.dtype,
+        threads: int,
+        build_seconds: float = 0.0,
+        reasons: tuple[str, ...] = (),
+    ) -> None:
+        self._stored = stored
+        self.config = config
+        self.dtype = np.dtype(dtype)
+        self.shape: tuple[int, int] = tuple(int(size) for size in stored.shape)
+        self.threads = threads
+        self.reasons = reasons
+        self._build_seconds = build_seconds
+        self._transposed: HBPMatrix | None = None
+        self._bound: dict[str, Any] = {}
+        self._single = self._bind("vector")
+
+    # Facts
+
+    @property
+    def nnz(self) -> int:
+        """Stored entries, explicit zeros included."""
+        return self._stored.nnz
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions, 2."""
+        return 2
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored arrays."""
+        return self._stored.nbytes
+
+    @property
+    def device(self) -> str:
+        """Where the product runs."""
+        return "cpu"
+
+    @property
+    def layout(self) -> str:
+        """Name of the stored layout."""
+        return _LAYOUT_NAMES[type(self._stored).__name__]
+
+    @property
+    def stats(self) -> Stats:
+        """What the build produced; computed on each access."""
+        efficiency, after = self._stored.quality()
+        lanes = self._stored.lanes
+        return Stats(
+            layout=self.layout,
+            nnz=self.nnz,
+            bytes=self.nbytes,
+            bytes_per_nnz=self.nbytes / max(self.nnz, 1),
+            lane_efficiency=efficiency,
+            std_before=self._std_before(lanes),
+            std_after=after,
+            groups=len(getattr(self._stored, "group_base", ())),
+            heavy_rows=getattr(self._stored, "heavy_rows", 0),
+            strips=getattr(self._stored, "strips", 0),
+            index_bits=8 * self._stored.arrays()["col"].dtype.itemsize,
+            uniform=self._stored.uniform,
+            threads=self.threads,
+            build_seconds=self._build_seconds,
+        )
+
+    def _std_before(self, lanes: int) -> float:
+        if self.layout != "compact" or not self.nnz:
+            return self._stored.quality()[1] if self.layout == "paper" else 0.0
+        from hbp_spmv.hashing import quality
+
+        lengths = np.bincount(self._stored.coordinates()[0], minlength=self.shape[0])
+        _, total, groups = quality(lengths, np.flatnonzero(lengths), lanes)
+        return total / max(groups, 1)
+
+    def arrays(self) -> dict[str, NDArray]:
+        """Return the stored arrays by name; for layout 'paper' the six published ones."""
+        return self._stored.arrays()
+
+    def __repr__(self) -> str:
+        rows, columns = self.shape
+        return (
+            f"<HBPMatrix {rows} x {columns}, {self.nnz} stored, {self.dtype.name}, "
+            f"layout {self.layout!r}, {self.threads} thread(s)>"
+        )
+
+    # Products
+
+    def __matmul__(self, x: Any) -> Any:
+        if type(x) is np.ndarray and x.dtype == self.dtype and x.flags.c_contiguous:
+            if x.shape == self.shape[1:]:
+                y = np.empty(self.shape[0], self.dtype)
+                self._single(x, y)
+                return y
+        return self._multiply(x)
+
+    def __rmatmul__(self, x: Any) -> Any:
+        return self.T @ x if np.ndim(x) == 1 else (self.T @ np.asarray(x).T).T
+
+    def matvec(
+        self, x: ArrayLike, out: NDArray | None = None, *, alpha: float = 1.0, beta: float = 0.0
+    ) -> Any:
+        """Return `alpha * A @ x`, or write `alpha * A @ x + beta * out` to `out`.
+
+        Args:
+            x: operand, (columns,) or (columns, k).
+            out: result, (rows,) or (rows, k); it may be `x` itself.
+            alpha: factor of the product.
+            beta: factor of the old `out`, which is not read when 0.
+
+        Raises:
+            InputError: a shape or a type does not fit.
+        """
+        if out is None and beta != 0:
+            raise InputError(f"beta={beta}: expected an out array to scale")
+        if out is None and alpha == 1:
+            return self @ x
+        return self._multiply(x, out, alpha, beta)
+
+    matmat = matvec
+
+    def rmatvec(self, x: ArrayLike) -> Any:
+        """Return `A.conj().T @ x` by the transposed matrix, which the first call builds and keeps."""
+        if self.dtype.kind == "c":
+            return np.conj(self.T @ np.conj(x))
+        return self.T @ x
+
+    rmatmat = rmatvec
+
+    def _multiply(
+        self, x: Any, out: NDArray | None = None, alpha: float = 1.0, beta: float = 0.0
+    ) -> Any:
+        """Multiply whatever is not the plain case: check, convert, choose the columns."""
+        if type(x).__module__.partition(".")[0] == "torch":
+            return self._multiply_torch(x, out, alpha, beta)
+        x = self._operand(x)
+        if x.dtype.kind == "c" and self.dtype.kind != "c":
+            return self._multiply_complex(x, out, alpha, beta)
+        shape = (self.shape[0], *x.shape[1:])
+        direct = self._accepts(out, shape) and not np.may_share_memory(out, x)
+        if direct:
+            y = out
+        elif out is not None and beta != 0:
+            y = np.ascontiguousarray(out, self.dtype).copy()
+        else:
+            y = np.empty(shape, self.dtype)
+        if x.ndim == 1:
+            self._single(x, y, float(alpha), float(beta))
+        else:
+            self._matrix_product(x, y, float(alpha), float(beta))
+        if out is None or direct:
+            return y
+        out[...] = y
+        return out
+
+    def _operand(self, x: Any) -> NDArray:
+        if hasattr(x, "__cuda_array_interface__"):
+            raise InputError("x lies on a CUDA device, the matrix on the CPU; copy x to the host")
+        x = np.asarray(x)
+        if x.ndim not in (1, 2) or x.shape[0] != self.shape[1]:
+            columns = self.shape[1]
+            raise InputError(f"x has shape {x.shape}, expected ({columns},) or ({columns}, k)")
+        if x.dtype.kind not in "biufc":
+            raise InputError(f"x has dtype {x.dtype}, expected numbers")
+        if x.dtype.kind == "c":
+            single = self.dtype.name in ("float32", "complex64")
+            return self._convert(x, np.dtype(np.complex64 if single else np.complex128))
+        return self._convert(x, self.dtype)
+
+    def _convert(self, x: NDArray, dtype: np.dtype) -> NDArray:
+        if x.dtype.kind in "fc" and np.finfo(x.dtype).eps < np.finfo(dtype).eps:
+            raise InputError(
+                f"x has dtype {x.dtype}, the matrix {self.dtype}: digits would be lost; convert x, "
+                f"or build with dtype='{np.finfo(x.dtype).dtype}'"
+            )
+        return np.ascontiguousarray(x, dtype)
+
+    def _accepts(self, out: NDArray | None, shape: tuple[int, ...]) -> bool:
+        if out is None:
+            return False
+        if not isinstance(out, np.ndarray) or out.shape != shape:
+            raise InputError(f"out has shape {np.shape(out)}, expected {shape}")
+        if not out.flags.writeable:
+            raise InputError("out is read-only; pass a writable array")
+        if not np.can_cast(self.dtype, out.dtype, "same_kind"):
+            raise InputError(f"out has dtype {out.dtype}, expected {self.dtype}")
+        return out.dtype == self.dtype and out.flags.c_contiguous
+
+    def _multiply_complex(self, x: NDArray, out: NDArray | None, alpha: float, beta: float) -> Any:
+        """Multiply a complex operand by a real matrix: real and imaginary part are two columns."""
+        shape = (self.shape[0], *x.shape[1:])
+        pairs = x.view(self.dtype).reshape(self.shape[1], -1)
+        y = np.empty((self.shape[0], pairs.shape[1]), self.dtype)
+        self._matrix_product(pairs, y, float(alpha), 0.0)
+        result = y.view(x.dtype).reshape(shape)
+        if out is None:
+            return result
+        if out.shape != shape or out.dtype.kind != "c":
+            raise InputError(f"out: expected complex of shape {shape}, got {out.dtype} {out.shape}")
+        out[...] = result if beta == 0 else result + beta * out
+        return out
+
+    def _multiply_torch(self, x: Any, out: Any, alpha: float, beta: float) -> Any:
+        from hbp_spmv import torch
+
+        if x.requires_grad:
+            if out is not None:
+                raise InputError("out: not available for a tensor that requires grad")
+            return alpha * torch.spmv(self, x)
+        if x.device.type != "cpu":
+            raise InputError(f"x lies on {x.device}, the matrix on the CPU; use x.cpu()")
+        result = self._multiply(x.numpy(), None if out is None else out.numpy(), alpha, beta)
+        return sys.modules["torch"].from_numpy(result) if out is None else out
+
+    def _matrix_product(self, x: NDArray, y: NDArray, alpha: float, beta: float) -> None:
+        columns = x.shape[1]
+        if columns == 0:
+            return
+        if self.layout == "paper":
+            for column in range(columns):
+                part = np.ascontiguousarray(y[:, column])
+                self._single(np.ascontiguousarray(x[:, column]), part, alpha, beta)
+                y[:, column] = part
+            return
+        self._bind("columns")(x.reshape(-1), y.reshape(-1), alpha, beta, columns)
+
+    def _bind(self, kind: str) -> Any:
+        if kind not in self._bound:
+            from hbp_spmv.product import bind_matrix
+
+            self._bound[kind] = bind_matrix(
+                self._stored, kind, self.threads, self.dtype, self.config.fixed_share
+            )
+        return self._bound[kind]
+
+    # Other forms
+
+    @property
+    def T(self) -> "HBPMatrix":
+        """The transposed matrix, built on first use and kept."""
+        if self._transposed is None:
+            config = replace(self.config, layout=_rebuild_layout(self.layout), keep_perm=False)
+            built = from_csr(self.to_csr().T.tocsr(), config=config, threads=self.threads)
+            built._transposed = self
+            self._transposed = built
+        return self._transposed
+
+    def to_csr(self) -> csr_array:
+        """Return the matrix as canonical SciPy CSR, explicit zeros kept."""
+        row, col = self._stored.coordinates()
+        a = csr_array(coo_array((self._stored.values(), (row, col)), shape=self.shape))
+        a.sort_indices()
+        return a
+
+    def diagonal(self) -> NDArray:
+        """Return the main diagonal, (min(rows, columns),)."""
+        row, col = self._stored.coordinates()
+        on = row == col
+        result = np.zeros(min(self.shape), self.dtype)
+        result[row[on]] = self._stored.values()[on]
+        return result
+
+    def astype(self, dtype: DTypeLike) -> "HBPMatrix":
+        """Return the matrix in another type, rebuilt in the same layout."""
+        return self._rebuilt(self.to_csr(), dtype=dtype)
+
+    def to_paper(self, **settings: Any) -> "HBPMatrix":
+        """Return the matrix in the published layout."""
+        settings = {"hash": "paper", **settings}
+        return from_csr(self.to_csr(), layout="paper", threads=self.threads, **settings)
+
+    def to_compact(self, **settings: Any) -> "HBPMatrix":
+        """Return the matrix in the compact layout."""
+        return from_csr(self.to_csr(), layout="compact", threads=self.threads, **settings)
+
+    def to(self, device: str) -> "HBPMatrix":
+        """Return the matrix on `device`."""
+        if resolve(device).kind != "cpu":
+            raise ConfigError(f"device={device!r}: this version multiplies on the CPU")
+        return self
+
+    def with_threads(self, threads: int) -> "HBPMatrix":
+        """Return the same stored matrix bound to another number of threads."""
+        return HBPMatrix(
+            self._stored,
+            self.config,
+            self.dtype,
+            _workers(threads, self.nnz),
+            self._build_seconds,
+            self.reasons,
+        )
+
+    def update_values(self, values: ArrayLike) -> "HBPMatrix":
+        """Return a matrix of the same pattern with other values, without reordering anything.
+
+        Args:
+            values: new values in the order of `to_csr().data`, (nnz,).
+
+        Raises:
+            InputError: the length or type is wrong, or the build did not keep its permutation.
+        """
+        values = np.asarray(values)
+        if values.shape != (self.nnz,):
+            raise InputError(f"values have shape {values.shape}, expected ({self.nnz},)")
+        if values.dtype.kind not in "biuf" and self.dtype.kind != "c":
+            raise InputError(f"values have dtype {values.dtype}, expected {self.dtype}")
+        values = values.astype(self.dtype)
+        if isinstance(self._stored, ScipyLayout):
+            old = self._stored.csr
+            stored = ScipyLayout(csr_array((values, old.indices, old.indptr), shape=self.shape))
+        elif self.layout == "csr":
+            stored = replace(self._stored, val=values)
+        elif self._stored.perm is None:
+            raise InputError("update_values: the permutation was not kept; build with keep_perm=True")
+        elif self.layout == "paper":
+            stored = replace(self._stored, data=values[self._stored.perm])
+        else:
+            padded = np.zeros(self.nnz + self._stored.lanes, self.dtype)
+            np.take(values, self._stored.perm, out=padded[: self.nnz])
+            stored = replace(self._stored, val=padded)
+        return HBPMatrix(stored, self.config, self.dtype, self.threads, 0.0, self.reasons)
+
+    def save(self, path: Any) -> None:
+        """Write the matrix as `.hbp.safetensors`, atomically."""
+        from hbp_spmv.storage import save
+
+        save(self, path)
+
+    def aslinearoperator(self) -> LinearOperator:
+        """Return a SciPy `LinearOperator` for cg, gmres, eigsh and the like."""
+        return LinearOperator(
+            self.shape,
+            matvec=lambda x: self @ np.ravel(x),
+            rmatvec=lambda x: self.rmatvec(np.ravel(x)),
+            matmat=self.__matmul__,
+            rmatmat=self.rmatvec,
+            dtype=self.dtype,
+        )
+
+    def _rebuilt(self, a: csr_array, **settings: Any) -> "HBPMatrix":
+        config = replace(self.config, layout=_rebuild_layout(self.layout))
+        return from_csr(a, config=config, threads=self.threads, **settings)
+
+    def __reduce__(self) -> tuple:
+        arguments = (self._stored, self.config, self.dtype, self.threads, self._build_seconds)
+        return HBPMatrix, (*arguments, self.reasons)
+
+
+_LAYOUT_NAMES = {
+    "CompactLayout": "compact",
+    "PaperLayout": "paper",
+    "RowLayout": "csr",
+    "ScipyLayout": "scipy",
+}
+
+
+def _rebuild_layout(layout: str) -> str:
+    return "auto" if layout == "scipy" else layout
