@@ -214,14 +214,19 @@ def _for_tyro(hint: Any) -> Any:
 
 
 def _one_line(text: str) -> str:
-    """Reduce the parser's framed text to its message and its first suggestion."""
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╮╰╯─ ") for line in text.splitlines()]
-    lines = lines[1:]  # the first one is the frame's title
-    end = lines.index("") if "" in lines else len(lines)
-    message = " ".join(lines[:end]) or "the arguments cannot be read"
-    if match := re.search(r"Perhaps you meant:\s+(--[\w.-]+)", " ".join(lines[end:])):
+    """Reduce the parser's text to its message and its first suggestion.
+
+    It is a title, the message and hints, divided by rules; on a UTF-8 terminal there is a frame
+    around all of it and the title stands in the frame.
+    """
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    framed = text.lstrip().startswith("╭")
+    lines = [line.strip("│ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
+    sections = re.split(r"^[-─]{3,}$", "\n".join(lines), flags=re.M)
+    message = " ".join(sections[0 if framed else min(1, len(sections) - 1)].split())
+    if match := re.search(r"Perhaps you meant:\s+(--[\w.-]+)", text.replace("│", " ")):
         message += f"; did you mean {match[1]}?"
-    return message.rstrip(".")
+    return message.rstrip(".") or "the arguments cannot be read"
 
 
 def _installed(package: str) -> str:

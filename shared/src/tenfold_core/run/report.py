@@ -106,7 +106,7 @@ def progress(
         items,
         description=description,
         total=total,
-        console=Console(stderr=True),
+        console=Console(file=sys.stderr),
         transient=True,
     )
 
