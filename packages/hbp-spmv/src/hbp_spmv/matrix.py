@@ -137,13 +137,16 @@ def from_csr(
     if resolve(device).kind != "cpu":
         raise ConfigError(f"device={device!r}: this version multiplies on the CPU; use device='cpu'")
     matrix = canonical(a, dtype)
-    workers = _workers(threads, matrix.nnz)
+    workers = workers_for(threads, matrix.nnz)
     started = time.perf_counter()
     if chosen.layout == "auto" and matrix.dtype.kind == "f" and kernels_work():
         from hbp_spmv.selection import choose
 
-        built = choose(matrix, chosen, threads=workers, n_products=n_products, tune=tune)
-        return HBPMatrix(built[0], built[1], matrix.dtype, workers, time.perf_counter() - started)
+        stored, chosen, plan = choose(
+            matrix, chosen, threads=workers, n_products=n_products, tune=tune
+        )
+        seconds = time.perf_counter() - started
+        return HBPMatrix(stored, chosen, matrix.dtype, workers, seconds, plan.reasons)
     stored = build_layout(matrix, chosen)
     return HBPMatrix(stored, chosen, matrix.dtype, workers, time.perf_counter() - started)
 
@@ -191,7 +194,8 @@ def kernels_work() -> bool:
     return _KERNELS[0]
 
 
-def _workers(threads: int | None, nnz: int) -> int:
+def workers_for(threads: int | None, nnz: int) -> int:
+    """Return how many threads a product of `nnz` nonzeros uses, given the most it may use."""
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise ConfigError(f"threads: expected a positive int, got {threads!r}")
     limit = threads or cpu_info().usable_cores
@@ -498,7 +502,7 @@ class HBPMatrix:
             self._stored,
             self.config,
             self.dtype,
-            _workers(threads, self.nnz),
+            workers_for(threads, self.nnz),
             self._build_seconds,
             self.reasons,
         )

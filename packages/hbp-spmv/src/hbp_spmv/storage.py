@@ -15,7 +15,7 @@ from tenfold_core.run.checkpoint import load_tensors, save_tensors
 
 from hbp_spmv.config import BuildConfig
 from hbp_spmv.fallback import ScipyLayout
-from hbp_spmv.matrix import HBPMatrix, _workers
+from hbp_spmv.matrix import HBPMatrix, workers_for
 
 __all__ = ["load", "save"]
 
@@ -84,7 +84,7 @@ def load(
     except (TypeError, TenfoldError) as error:
         raise CheckpointError(f"{path}: field 'config' is not valid ({error})") from None
     stored = _CHECKS[layout](_Fields(path, arrays, shape, np.dtype(dtype), scalars))
-    workers = _workers(threads, stored.nnz)
+    workers = workers_for(threads, stored.nnz)
     return HBPMatrix(stored, config, np.dtype(dtype), workers)
 
 

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`auto`: predict every candidate from the machine's measured costs, time the close ones, say why.
+
+Candidates are the row-gather CSR product and the compact layout. The prediction charges bytes at the
+measured bandwidth and, where that is larger, the kernels' own costs: nonzeros, rows, and for CSR every
+change of row length, which the branch predictor cannot foresee. CSR is chosen on ties and when too few
+products are planned to pay for a reordering.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_array
+from tenfold_core.device import cpu_info
+from tenfold_core.errors import ConfigError
+
+from hbp_spmv.calibration import PREDICTED_ROWS, Calibration, load_calibration
+from hbp_spmv.config import BuildConfig
+from hbp_spmv.hashing import length_classes, place_classes, quality
+
+__all__ = ["Features", "Plan", "choose", "features", "predict", "select"]
+
+BUILD_PRODUCTS = 30
+"""A compact build costs about this many products, for the decision before any is timed."""
+CLOSE = 1.6
+"""Candidates predicted within this factor of the best are timed."""
+TIMED_PRODUCTS = 200
+"""Planned products from which timing pays."""
+TIMING_BUDGET_S = 0.05
+TIE = 0.97
+"""A reordered layout must beat CSR by this factor."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Features:
+    """What the prediction looks at; one pass over the row pointers, a sample of the columns."""
+
+    rows: int
+    columns: int
+    nnz: int
+    mean: float
+    cv: float
+    """Standard deviation of the row length over its mean."""
+    switches: float
+    """Share of rows whose length differs from the row before."""
+    slots: float
+    """Lanes stepped through by the compact layout, estimated on sample windows."""
+    scatter: float
+    """Share of nonzeros whose column is far from its row's neighbour."""
+    wide: bool
+    """Column offsets need 32 bits."""
+    uniform: bool
+    """All values are equal."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The choice for one matrix."""
+
+    format: str
+    """csr or compact."""
+    params: dict[str, Any]
+    predicted_us: dict[str, float]
+    timed_us: dict[str, float]
+    """Measured candidates; empty if none was timed."""
+    build_ms: dict[str, float]
+    reasons: tuple[str, ...]
+
+
+def features(a: csr_array, lanes: int = 16) -> Features:
+    """Describe a canonical CSR matrix."""
+    rows, columns = a.shape
+    lengths = np.diff(a.indptr)
+    mean = a.nnz / max(rows, 1)
+    heavy = max(128, 16 * mean)
+    sample = _sample_rows(lengths)
+    slots = 1.0
+    light = np.where(sample > heavy, 0, sample).astype(np.int64)
+    if light.any():
+        order = np.empty(len(light), np.int64)
+        place_classes(light, length_classes(light), True, order, np.empty(40, np.int64))
+        maxima, _, _ = quality(light, order, lanes)
+        slots = (maxima * lanes + int((sample - light).sum())) / max(int(sample.sum()), 1)
+    steps = a.indices[: 1 << 18].astype(np.int64)
+    far = np.abs(np.diff(steps)) > 512 if steps.size > 1 else np.zeros(1)
+    switches = float((lengths[1:] != lengths[:-1]).mean()) if rows > 1 else 0.0
+    return Features(
+        rows=rows,
+        columns=columns,
+        nnz=a.nnz,
+        mean=mean,
+        cv=float(lengths.std() / mean) if a.nnz else 0.0,
+        switches=switches,
+        slots=slots * a.nnz,
+        scatter=float(far.mean()),
+        wide=columns > 1 << 16,
+        uniform=a.nnz > 1 and bool((a.data == a.data[0]).all()),
+    )
+
+
+def _sample_rows(lengths: np.ndarray, window: int = 2048, count: int = 16) -> np.ndarray:
+    """Return up to `count` evenly spaced windows of rows."""
+    if len(lengths) <= window * count:
+        return lengths
+    tops = np.linspace(0, len(lengths) - window, count).astype(np.int64)
+    return np.concatenate([lengths[top : top + window] for top in tops])
+
+
+def predict(
+    f: Features, calibration: Calibration, *, threads: int = 1, size: int = 8
+) -> dict[str, float]:
+    """Return the predicted time of a product in microseconds for each candidate.
+
+    Args:
+        f: the matrix.
+        calibration: the machine.
+        threads: threads of the product.
+        size: bytes of a value.
+    """
+    index = 4 if f.wide else 2
+    entry = index + (0 if f.uniform else size)
+    vectors = size * (f.rows + f.columns)
+    x_far = size * f.columns > cpu_info().l2_bytes
+    miss = calibration.miss_ns * f.nnz * f.scatter if x_far else 0.0
+    switches = f.rows * f.switches
+    learned = switches <= PREDICTED_ROWS
+    switch_ns = calibration.csr_switch_ns if learned else calibration.csr_mispredict_ns
+    csr_ns = (
+        calibration.csr_nonzero_ns * f.nnz
+        + calibration.csr_row_ns * f.rows
+        + switch_ns * switches
+        + miss
+    )
+    compact_ns = calibration.compact_slot_ns * f.slots + calibration.compact_row_ns * f.rows + miss
+    traffic = {"csr": entry * f.nnz + 8 * f.rows, "compact": entry * f.nnz + 9 * f.rows}
+    work = {"csr": csr_ns, "compact": compact_ns}
+    result = {}
+    for name, stored in traffic.items():
+        moved = stored + vectors
+        rate = calibration.bandwidth_at(moved // threads)
+        ns = max(work[name], moved / rate) / threads
+        result[name] = (
+            ns / 1e3 + calibration.call_us + (calibration.join_us if threads > 1 else 0.0)
+        )
+    return result
+
+
+def choose(
+    a: csr_array, config: BuildConfig, *, threads: int, n_products: int, tune: bool
+) -> tuple[Any, BuildConfig, "Plan"]:
+    """Choose and build: the stored layout, its settings and the plan that explains them.
+
+    Raises:
+        ConfigError: `n_products` is not positive.
+    """
+    from hbp_spmv.matrix import build_layout
+    from hbp_spmv.product import bind_matrix
+
+    if n_products < 1:
+        raise ConfigError(f"n_products: expected at least 1, got {n_products}")
+    f = features(a, config.lanes or 16)
+    predicted = predict(f, load_calibration(), threads=threads, size=a.dtype.itemsize)
+    reasons = [_describe(f)]
+    gain = predicted["csr"] - predicted["compact"]
+    built: dict[str, Any] = {}
+    build_ms: dict[str, float] = {}
+
+    def build(name: str) -> Any:
+        if name not in built:
+            started = time.perf_counter()
+            built[name] = build_layout(a, replace(config, layout=name))
+            build_ms[name] = 1e3 * (time.perf_counter() - started)
+        return built[name]
+
+    best = min(predicted, key=predicted.__getitem__)
+    close = [name for name in predicted if predicted[name] <= CLOSE * predicted[best]]
+    timed: dict[str, float] = {}
+    if n_products <= TIMED_PRODUCTS and not tune:
+        pays = gain * n_products > BUILD_PRODUCTS * predicted["compact"]
+        format_ = "compact" if best == "compact" and pays else "csr"
+        reasons.append(
+            f"{n_products} products: the reordering "
+            + ("pays" if format_ == "compact" else "does not pay for its build")
+        )
+    elif len(close) == 1 or a.nnz == 0:
+        format_ = best
+        reasons.append(f"predicted {predicted[best]:.1f} us, the other over {CLOSE} times that")
+    else:
+        products = {
+            name: bind_matrix(build(name), "vector", threads, a.dtype, config.fixed_share)
+            for name in predicted
+        }
+        timed = _time(products, a)
+        wins = timed["compact"] < TIE * timed["csr"]
+        pays = (timed["csr"] - timed["compact"]) * n_products > 1e3 * build_ms["compact"]
+        format_ = "compact" if wins and pays else "csr"
+        reasons.append(
+            f"timed: compact {timed['compact']:.1f} us, csr {timed['csr']:.1f} us"
+            + ("" if pays or not wins else f"; {n_products} products do not pay for the build")
+        )
+    chosen = replace(config, layout=format_)
+    plan = Plan(
+        format=format_,
+        params={"hash": config.hash, "lanes": config.lanes or 16} if format_ == "compact" else {},
+        predicted_us=predicted,
+        timed_us=timed,
+        build_ms=build_ms,
+        reasons=tuple(reasons),
+    )
+    return build(format_), chosen, plan
+
+
+def select(
+    a: Any,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    n_products: int = 1000,
+    tune: bool = False,
+    config: BuildConfig | None = None,
+) -> Plan:
+    """Say which layout `auto` would choose for a matrix, and why.
+
+    Args:
+        a: any sparse matrix.
+        device: cpu.
+        threads: threads of the product; by default the cores of this process.
+        n_products: products the matrix would be built for.
+        tune: time the candidates whatever `n_products` says.
+        config: settings of the candidates.
+    """
+    from hbp_spmv.matrix import canonical, kernels_work, workers_for
+
+    if device not in ("cpu", "auto"):
+        raise ConfigError(f"device={device!r}: this version multiplies on the CPU")
+    matrix = canonical(a)
+    if matrix.dtype.kind == "c" or not kernels_work():
+        reason = "complex values" if matrix.dtype.kind == "c" else "numba does not work here"
+        return Plan(
+            format="scipy", params={}, predicted_us={}, timed_us={}, build_ms={},
+            reasons=(f"{reason}: SciPy multiplies",),
+        )  # fmt: skip
+    workers = workers_for(threads, matrix.nnz)
+    chosen = config or BuildConfig()
+    return choose(matrix, chosen, threads=workers, n_products=n_products, tune=tune)[2]
+
+
+def _time(products: dict[str, Any], a: csr_array) -> dict[str, float]:
+    """Return the best time of each product in microseconds, in turn, within the budget."""
+    x = np.linspace(0.5, 1.5, a.shape[1]).astype(a.dtype)
+    y = np.empty(a.shape[0], a.dtype)
+    best = dict.fromkeys(products, float("inf"))
+    for product in products.values():
+        product(x, y)
+    deadline = time.perf_counter() + TIMING_BUDGET_S
+    rounds = 0
+    while rounds < 3 or (time.perf_counter() < deadline and rounds < 200):
+        for name, product in products.items():
+            started = time.perf_counter()
+            product(x, y)
+            best[name] = min(best[name], 1e6 * (time.perf_counter() - started))
+        rounds += 1
+    return best
+
+
+def _describe(f: Features) -> str:
+    return (
+        f"{f.rows} x {f.columns}, {f.mean:.1f} nonzeros a row, cv {f.cv:.2f}, "
+        f"{100 * f.switches:.0f} % of the rows change length, "
+        f"{'32' if f.wide else '16'}-bit columns{', all values equal' if f.uniform else ''}"
+    )
