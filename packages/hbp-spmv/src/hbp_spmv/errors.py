@@ -9,7 +9,13 @@ __all__ = ["ReadError", "VerificationError"]
 
 
 class ReadError(InputError):
-    """A matrix could not be read: *path[:line]: found, expected; remedy*."""
+    """A matrix could not be read: *path[:line]: found, expected; remedy*.
+
+    The text may quote names found in a file, so whatever would not print in one line is masked.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__("".join(mark if mark.isprintable() else "?" for mark in text))
 
 
 class VerificationError(TenfoldError):
