@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tenfold_core.errors import InputError
 from tenfold_core.run import JsonlStream, RunRecord, read_jsonl, record, validate
-from tenfold_core.run.record import plain
+from tenfold_core.run.rows import plain
 
 
 class Colour(enum.Enum):

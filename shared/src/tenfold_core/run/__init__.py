@@ -15,12 +15,13 @@ if TYPE_CHECKING:
         read_header,
         save_tensors,
     )
-    from tenfold_core.run.record import JsonlStream, RunRecord, read_jsonl, validate
+    from tenfold_core.run.record import RunRecord, validate
+    from tenfold_core.run.rows import JsonlStream, read_jsonl
     from tenfold_core.run.seeds import generator, torch_generator
     from tenfold_core.run.timing import Timing, measure, measure_many
 
 _MODULE_OF = {
-    "JsonlStream": "record",
+    "JsonlStream": "rows",
     "RunRecord": "record",
     "Timing": "timing",
     "atomic_directory": "checkpoint",
@@ -30,7 +31,7 @@ _MODULE_OF = {
     "measure": "timing",
     "measure_many": "timing",
     "read_header": "checkpoint",
-    "read_jsonl": "record",
+    "read_jsonl": "rows",
     "save_tensors": "checkpoint",
     "torch_generator": "seeds",
     "validate": "record",

@@ -190,7 +190,7 @@ def load_tensors(
 
 def resume_token(*parts: Any) -> str:
     """Return a short fingerprint of the settings and inputs that a resumed run must share."""
-    from tenfold_core.run.record import plain
+    from tenfold_core.run.rows import plain
 
     text = json.dumps(plain(list(parts)), sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -13,14 +13,8 @@ import numpy as np
 
 from tenfold_core.errors import InputError, MissingExtraError, TenfoldWarning
 from tenfold_core.run.atomic import atomic_path
-from tenfold_core.sparse._market_text import (
-    DAMAGED,
-    Body,
-    Header,
-    bad_line,
-    count_entries,
-    scan_header,
-)
+from tenfold_core.sparse._market_body import Body, bad_line, count_entries
+from tenfold_core.sparse._market_header import DAMAGED, Header, scan_header
 from tenfold_core.sparse.csr import CSR
 
 __all__ = ["MatrixMarketInfo", "read_matrix_market", "write_matrix_market"]

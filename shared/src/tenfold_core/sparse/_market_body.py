@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text side of a Matrix Market file: header, bounded stream, and the line of an error.
+"""The entries of a Matrix Market file as a bounded stream, and the line that is wrong.
 
 SciPy's reader stops number parsing at the first character it does not know and drops the rest of
 the line: ``1D3`` is read as 1, ``1.5`` under an ``integer`` header as 1, and a value under a
@@ -7,102 +7,24 @@ the line: ``1D3`` is read as 1, ``1.5`` under an ``integer`` header as 1, and a 
 characters and token counts that the header allows, at about 1.5 GB/s.
 """
 
-import gzip
 import re
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from tenfold_core.errors import InputError
+from tenfold_core.sparse._market_header import DAMAGED, INTEGERS, Header, open_text
 
-__all__ = ["Body", "Header", "bad_line", "count_entries", "scan_header"]
+__all__ = ["Body", "bad_line", "count_entries"]
 
-_HEADER_LIMIT = 1 << 24  # bytes of comments before the size line
 _BLOCK = 1 << 18
 _ENTRY_LIMIT = 512  # bytes a line may take on average; bounds what a gzip bomb can expand to
-_GZIP_RATIO = 1032  # the most deflate can reach
-_FIELDS = ("real", "double", "integer", "unsigned-integer", "complex", "pattern")
-_SYMMETRIES = ("general", "symmetric", "skew-symmetric", "hermitian")
-_NUMBERS = {"pattern": 0, "complex": 2}  # values per entry; every other field has one
-_INTEGERS = ("integer", "unsigned-integer", "pattern")
 _SPACE = b" \t\r\n\v\f"
 _FORTRAN = bytes.maketrans(b"dDE", b"eee")  # 1D3 -> 1e3
 _MALFORMED = (b"..", b".-", b"--", b"ee", b"e.")  # what is left of 1.5.2 or 1.5-103, digits removed
 _REAL = re.compile(r"[+-]?(\d+\.?\d*([ed][+-]?\d+)?|\.\d+([ed][+-]?\d+)?|inf(inity)?|nan)", re.I)
 _INTEGER = re.compile(r"[+-]?\d+")
-DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What the banner and the size line say, and where the entries begin."""
-
-    layout: str
-    field: str
-    symmetry: str
-    rows: int
-    columns: int
-    entries: int
-    lines: int
-    offset: int
-    body_limit: int
-
-    @property
-    def tokens(self) -> int:
-        """Words per entry."""
-        return _NUMBERS.get(self.field, 1) + (2 if self.layout == "coordinate" else 0)
-
-    @property
-    def text(self) -> str:
-        """The header in the one spelling that every reader accepts, two lines."""
-        banner = f"%%MatrixMarket matrix {self.layout} {self.field} {self.symmetry}\n"
-        if self.layout == "array":
-            return f"{banner}{self.rows} {self.columns}\n"
-        return f"{banner}{self.rows} {self.columns} {self.entries}\n"
-
-
-def open_text(path: Path) -> IO[bytes]:
-    """Open a plain or gzip-compressed file, recognised by its first bytes."""
-    with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    return gzip.GzipFile(path, "rb") if packed else path.open("rb")
-
-
-def scan_header(path: Path, *, banner: bool) -> Header:
-    """Read and check the banner and the size line, allocating nothing they ask for.
-
-    Raises:
-        InputError: The header is missing or contradicts itself.
-    """
-    with open_text(path) as file:
-        kind: tuple[str, str, str] | None = None
-        number, size = 0, 0
-        while line := file.readline(_HEADER_LIMIT - size):
-            number, size = number + 1, size + len(line)
-            text = line.decode("latin-1").strip()
-            if number == 1 and text.lower().startswith(("%%matrixmarket", "%matrixmarket")):
-                kind = _banner(path, text)
-            elif number == 1 and banner:
-                raise InputError(
-                    f"{path}:1: found {text[:40]!r}, expected a '%%MatrixMarket' banner; use "
-                    "--no-banner if the file starts with its size line, --edgelist if with edges"
-                )
-            elif text and not text.startswith("%"):
-                if kind is None:
-                    kind = ("coordinate", _guess_field(file), "general")
-                counts = _size_line(path, number, text, kind)
-                packed = isinstance(file, gzip.GzipFile)
-                limit = path.stat().st_size * (_GZIP_RATIO if packed else 1) - size
-                return Header(*kind, *counts, number, size, max(limit, 0))
-    raise InputError(
-        f"{path}: no size line in the first {number} lines, expected 'rows columns entries'; "
-        "the file is truncated"
-    )
 
 
 class Body:
@@ -121,7 +43,7 @@ class Body:
         self._path = path
         self._in_token = False
         self._last = b"\n"
-        whole = header.field in _INTEGERS
+        whole = header.field in INTEGERS
         self._table = None if whole else _FORTRAN
         self._allowed = _SPACE + (b"-" if whole else b"-.enaiftyENAIFTY")
 
@@ -213,67 +135,6 @@ def count_entries(path: Path, header: Header) -> int:
     return found
 
 
-def _banner(path: Path, text: str) -> tuple[str, str, str]:
-    words = text.lower().split()
-    if len(words) != 5:
-        raise InputError(
-            f"{path}:1: the banner has {len(words)} words, "
-            "expected '%%MatrixMarket matrix <format> <field> <symmetry>'"
-        )
-    legal = (("matrix",), ("coordinate", "array"), _FIELDS, _SYMMETRIES)
-    for word, choices in zip(words[1:], legal, strict=True):
-        if word not in choices:
-            raise InputError(
-                f"{path}:1: found {word[:40]!r} in the banner, expected {', '.join(choices)}"
-            )
-    _, layout, field, symmetry = words[1:]
-    if field == "pattern" and layout == "array":
-        raise InputError(f"{path}:1: an 'array' cannot be 'pattern'; use 'coordinate'")
-    if symmetry == "hermitian" and field != "complex":
-        raise InputError(f"{path}:1: 'hermitian' needs 'complex', found {field!r}")
-    return layout, "real" if field == "double" else field, symmetry
-
-
-def _size_line(
-    path: Path, number: int, text: str, kind: tuple[str, str, str]
-) -> tuple[int, int, int]:
-    layout, _, symmetry = kind
-    expected = "rows columns entries" if layout == "coordinate" else "rows columns"
-    words = text.split()
-    if len(words) != len(expected.split()) or not all(
-        word.isascii() and word.isdigit() and len(word) < 19 for word in words
-    ):
-        raise InputError(
-            f"{path}:{number}: the size line is {text[:60]!r}, "
-            f"expected '{expected}' as counts below 10**18"
-        )
-    rows, columns, *rest = map(int, words)
-    if symmetry != "general" and rows != columns:
-        raise InputError(
-            f"{path}:{number}: a {symmetry} matrix of {rows} x {columns}, expected a square one; "
-            "the banner or the size line is wrong"
-        )
-    if rest:
-        entries = rest[0]
-    elif symmetry == "general":
-        entries = rows * columns
-    else:
-        entries = rows * (rows - 1 if symmetry == "skew-symmetric" else rows + 1) // 2
-    if entries and not rows * columns:
-        raise InputError(
-            f"{path}:{number}: {entries} entries in a matrix of {rows} x {columns}; "
-            "the size line is wrong"
-        )
-    return rows, columns, entries
-
-
-def _guess_field(file: IO[bytes]) -> str:
-    """Choose the field by the first entry after the size line of a file without a banner."""
-    lines: Iterator[bytes] = iter(lambda: file.readline(1 << 16), b"")
-    words = next((line.split() for line in lines if line.strip()), [])
-    return {2: "pattern", 4: "complex"}.get(len(words), "real")
-
-
 def _problem(header: Header, text: str) -> str | None:
     words = text.split()
     if not words:
@@ -300,11 +161,11 @@ def _problem(header: Header, text: str) -> str | None:
         words = words[2:]
     for word in words:
         pattern, name = (
-            (_INTEGER, "an integer") if header.field in _INTEGERS else (_REAL, "a number")
+            (_INTEGER, "an integer") if header.field in INTEGERS else (_REAL, "a number")
         )
         if not pattern.fullmatch(word):
             return f"value is {word[:40]!r}, expected {name}; the banner says {header.field!r}"
-        if header.field in _INTEGERS and abs(int(word[:25])) > 2**53:
+        if header.field in INTEGERS and abs(int(word[:25])) > 2**53:
             return (
                 f"integer {word[:40]} is beyond 2**53 and has no exact float64; "
                 "change the banner to 'real' to accept rounding"
