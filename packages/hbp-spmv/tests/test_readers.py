@@ -442,6 +442,61 @@ def test_damaged_mat_files_are_refused(tmp_path, write, example):
         read(write("d.mat", "hello"))
 
 
+def mat5(order, **changed):
+    """Write [[0, 3 + 4j], [5, 0]] as a MATLAB 5 file, element by element."""
+    elements = {
+        "flags": (6, np.array([0x0805, 2], order + "u4")),
+        "dims": (5, np.array([2, 2], order + "i4")),
+        "name": (1, np.frombuffer(b"A", "i1")),
+        "rows": (5, np.array([1, 0], order + "i4")),
+        "starts": (5, np.array([0, 1, 2], order + "i4")),
+        "real": (9, np.array([5, 3], order + "f8")),
+        "imaginary": (2, np.array([0, 4], order + "u1")),
+    } | changed
+    body = b""
+    for kind, content in elements.values():
+        data = content.tobytes()
+        tag = np.array([kind, len(data)], order + "u4").tobytes()
+        body += tag + data + bytes(-len(data) % 8)
+    mark = b"\x00\x01IM" if order == "<" else b"\x01\x00MI"
+    tag = np.array([14, len(body)], order + "u4").tobytes()
+    return b"MATLAB 5.0 MAT-file".ljust(124) + mark + tag + body
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_mat_files_of_both_byte_orders_are_read(write, order):
+    matrix = read(write("a.mat", mat5(order)))
+    assert_array_equal(matrix.toarray(), [[0, 3 + 4j], [5, 0]])
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"flags": (6, np.array([5], "<u4"))}, "a variable without dimensions"),
+        ({"dims": (5, np.array([-2, 2], "<i4"))}, r"dimensions \[-2, 2\]; the file is damaged"),
+        ({"dims": (5, np.array([1, 2], "<i4"))}, r"a\.mat:A: indices\[0\] = 1 in row 0"),
+        ({"rows": (9, np.array([1.0, 0], "<f8"))}, "indices are floating point"),
+        ({"rows": (16, np.array([1, 0], "<i4"))}, "an element of type 16 with 8 bytes, expected"),
+        ({"rows": (9, np.array([1], "<i4"))}, "an element of type 9 with 4 bytes, expected"),
+        ({"starts": (5, np.array([0, 1, 3], "<i4"))}, "2 row indices and 2 values, expected 3"),
+        ({"imaginary": (2, np.array([4], "<u1"))}, "2 real and 1 imaginary parts"),
+        ({"real": (1 | 7 << 16, np.array([5, 3]))}, "an element of 7 bytes at"),
+    ],
+)
+def test_mat_elements_that_contradict_each_other_are_refused(write, changed, message):
+    with pytest.raises(ReadError, match=message):
+        read(write("a.mat", mat5("<", **changed)))
+
+
+@pytest.mark.bad_input
+def test_mat_variables_that_end_early_are_refused(write):
+    elements = mat5("<")
+    length = np.array([len(elements) - 136 - 16], "<u4").tobytes()
+    with pytest.raises(ReadError, match=r"a\.mat:A: ends after \d+ bytes, expected a further"):
+        read(write("a.mat", elements[:132] + length + elements[136:-16]))
+
+
 @pytest.mark.bad_input
 def test_mat_pointers_of_a_matrix_without_entries_are_checked(tmp_path):
     # SciPy's own conversion crashed the interpreter on these: columns (0, 9, 0), no entries

@@ -209,7 +209,7 @@ def delaunay_p1(points: int | npt.ArrayLike = 60_000, *, seed: Seed = 0) -> csr_
     from scipy.spatial import Delaunay, QhullError  # 0.1 s that the other generators do not need
 
     if isinstance(points, int | np.integer):
-        _require(points >= 3, f"delaunay_p1: points is {points}, expected at least 3")
+        _require(bool(points >= 3), f"delaunay_p1: points is {points}, expected at least 3")
         nodes = _strip_order(np.random.default_rng(seed).random((int(points), 2)))
     else:
         nodes = np.asarray(points, dtype=np.float64)

@@ -60,7 +60,7 @@ def read(
     sum_duplicates: bool = True,
     finite: bool = False,
     drop_zeros: bool = False,
-    dtype: npt.DTypeLike = None,
+    dtype: npt.DTypeLike | None = None,
 ) -> csr_array:
     """Read a matrix from a file or from an object of another library.
 
@@ -109,7 +109,7 @@ def read_with_info(
     sum_duplicates: bool = True,
     finite: bool = False,
     drop_zeros: bool = False,
-    dtype: npt.DTypeLike = None,
+    dtype: npt.DTypeLike | None = None,
     sha256: bool = False,
 ) -> tuple[csr_array, ReadInfo]:
     """Read like :func:`read` and also report what the source held.

@@ -60,7 +60,7 @@ class Options:
     sum_duplicates: bool = True
     finite: bool = False
     drop_zeros: bool = False
-    dtype: npt.DTypeLike = None
+    dtype: npt.DTypeLike | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +148,7 @@ def check_memory(
         )
 
 
-def cast(where: str, matrix: csr_array, dtype: npt.DTypeLike) -> csr_array:
+def cast(where: str, matrix: csr_array, dtype: npt.DTypeLike | None) -> csr_array:
     """Convert the values to ``dtype`` if one is given, never losing a part or the range.
 
     Raises:
@@ -196,8 +196,9 @@ def _numbers(where: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _by_rows(raw: Raw, values: npt.NDArray[Any]) -> csr_array:
+    starts: Any = raw.indptr
     try:
-        checked = CSR(raw.shape, raw.indptr, raw.columns, values).check()
+        checked = CSR(raw.shape, starts, raw.columns, values).check()
     except InputError as error:
         raise ReadError(f"{raw.where}: {error}") from error
     parts = (checked.data, checked.indices.copy(), checked.indptr.copy())
@@ -207,7 +208,10 @@ def _by_rows(raw: Raw, values: npt.NDArray[Any]) -> csr_array:
 def _by_triplets(raw: Raw, values: npt.NDArray[Any]) -> csr_array:
     """Order triplets by rows without summing any."""
     base = raw.index_base or 0
-    named = (("row", raw.rows, raw.shape[0]), ("column", raw.columns, raw.shape[1]))
+    named: tuple[tuple[str, Any, int], ...] = (
+        ("row", raw.rows, raw.shape[0]),
+        ("column", raw.columns, raw.shape[1]),
+    )
     for name, index, size in named:
         if index.ndim != 1 or index.dtype.kind not in "iu":
             raise ReadError(
