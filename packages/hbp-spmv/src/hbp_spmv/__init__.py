@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hash-based partition SpMV: reorder, balance, multiply.
-
-"""
+"""Hash-based partition SpMV: reorder, balance, multiply. Names load with their module on first use."""
 
 from importlib import import_module
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 _MODULE_OF = {
     "BuildConfig": "config",
     "HBPMatrix": "matrix",
+    "HashParams": "hashing",
     "PAPER": "config",
     "ReadError": "errors",
     "VerificationError": "errors",
@@ -20,9 +19,9 @@ _MODULE_OF = {
     "select": "selection",
     "verify": "verification",
 }
-_MODULES = ("baselines", "generate", "readers", "torch")
+_MODULES = ("baselines", "generate", "torch")
 
-__all__ = [*_MODULE_OF, *_MODULES, "__version__"]
+__all__ = ["__version__", *_MODULE_OF, *_MODULES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

@@ -289,19 +289,22 @@ class _Builder:
         for part in np.flatnonzero(parts.high - parts.low > self.heavy):
             low, high = int(parts.low[part]), int(parts.high[part])
             starts = [low]
-            while True:
+            while high - starts[-1] > SEGMENT or (
+                int(self.col[high - 1]) - int(self.col[starts[-1]]) >= WINDOW_SPAN
+            ):
                 reach = int(self.col[starts[-1]]) + WINDOW_SPAN
                 within = np.searchsorted(self.col[starts[-1] : high], reach)
-                end = starts[-1] + min(SEGMENT, int(within))
-                if end >= high:
-                    break
-                starts.append(end)
+                starts.append(starts[-1] + min(SEGMENT, int(within)))
             cuts.append((int(part), np.array(starts, np.int64)))
         return cuts
 
     def _targets(self, parts: _Parts, cuts: list) -> tuple[NDArray, ...]:
         """Say where each sum goes: its row, or a partial slot of a row that has several sums."""
         rows = self.a.shape[0]
+        none = np.empty(0, np.uint32)
+        if parts.rows is None and all(len(starts) == 1 for _, starts in cuts):
+            heavy = np.array([part for part, _ in cuts], np.uint32)
+            return np.arange(rows, dtype=np.uint32), heavy, none, np.zeros(1, np.int64)
         sums = np.ones(len(parts.low), np.int64)
         sums[parts.high == parts.low] = 0
         for part, starts in cuts:
@@ -324,7 +327,7 @@ class _Builder:
         ]
         return (
             targets,
-            np.concatenate(segment_target) if cuts else np.empty(0, np.uint32),
+            np.concatenate(segment_target) if cuts else none,
             split_rows.astype(np.uint32),
             split_start.astype(np.int64),
         )

@@ -15,7 +15,7 @@ from scipy.sparse.linalg import LinearOperator
 from tenfold_core.device import cpu_info, resolve
 from tenfold_core.errors import ConfigError, InputError, MissingExtraError, TenfoldWarning
 
-from hbp_spmv.config import BuildConfig
+from hbp_spmv.config import PAPER, BuildConfig
 from hbp_spmv.fallback import ScipyLayout
 
 __all__ = ["HBPMatrix", "Stats", "canonical", "from_csr"]
@@ -128,6 +128,8 @@ def from_csr(
     named = {"layout": layout, "hash": hash, **(hash_params or {}), **settings}
     if block is not None:
         named["height"], named["width"] = block
+    free = ("lanes", "sigma", "strips")  # "auto" is spelled None in BuildConfig
+    named = {n: None if v == "auto" and n in free else v for n, v in named.items()}
     changes = {name: value for name, value in named.items() if value is not None}
     try:
         chosen = replace(config or BuildConfig(), **changes)
@@ -485,6 +487,36 @@ class HBPMatrix:
         """Return the matrix in the published layout."""
         settings = {"hash": "paper", **settings}
         return from_csr(self.to_csr(), layout="paper", threads=self.threads, **settings)
+
+    @classmethod
+    def from_paper(
+        cls,
+        arrays: Mapping[str, NDArray],
+        shape: tuple[int, int],
+        *,
+        height: int = 512,
+        width: int = 4096,
+        lanes: int = 32,
+        threads: int | None = None,
+    ) -> "HBPMatrix":
+        """Return a matrix made of the six published arrays, which are checked and not copied.
+
+        Args:
+            arrays: the arrays by their published names (see `method`).
+            shape: rows and columns.
+            height: rows of a block.
+            width: columns of a block.
+            lanes: rows of a group.
+            threads: as for `from_csr`.
+
+        Raises:
+            InputError: an array is missing or not consistent with the others.
+        """
+        from hbp_spmv.storage import paper_layout
+
+        stored = paper_layout(arrays, shape, height=height, width=width, lanes=lanes)
+        config = replace(PAPER, height=height, width=width, lanes=lanes)
+        return cls(stored, config, stored.data.dtype, workers_for(threads, stored.nnz))
 
     def to_compact(self, **settings: Any) -> "HBPMatrix":
         """Return the matrix in the compact layout."""

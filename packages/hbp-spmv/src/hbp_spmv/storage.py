@@ -3,6 +3,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
-from tenfold_core.errors import CheckpointError, TenfoldError
+from tenfold_core.errors import CheckpointError, InputError, TenfoldError
 from tenfold_core.run.checkpoint import load_tensors, save_tensors
 
 from hbp_spmv.config import BuildConfig
 from hbp_spmv.fallback import ScipyLayout
 from hbp_spmv.matrix import HBPMatrix, workers_for
 
-__all__ = ["load", "save"]
+__all__ = ["load", "paper_layout", "save"]
 
 FORMAT = "hbp-spmv/1"
 _SCALARS = {
@@ -240,6 +241,23 @@ def _paper(file: _Fields) -> Any:
         shape=file.shape, **s, col=col, data=data, add_sign=add_sign, zero_row=zero_row,
         begin_ptr=begin_ptr, output_hash=output_hash, perm=_perm(file),
     )  # fmt: skip
+
+
+def paper_layout(
+    arrays: Mapping[str, NDArray], shape: tuple[int, int], *, height: int, width: int, lanes: int
+) -> Any:
+    """Return a checked `PaperLayout` made of the six arrays.
+
+    Raises:
+        InputError: an array is missing or not consistent with the others.
+    """
+    given = {name: np.asarray(array) for name, array in arrays.items()}
+    data = given.get("data", np.empty(0))
+    scalars = {"nnz": data.size, "height": height, "width": width, "lanes": lanes}
+    try:
+        return _paper(_Fields("paper", given, shape, data.dtype, scalars))
+    except CheckpointError as error:
+        raise InputError(str(error).split("; the file")[0]) from None
 
 
 def _rows(file: _Fields) -> Any:
