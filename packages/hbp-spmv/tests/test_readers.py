@@ -744,6 +744,8 @@ def test_complex_values_are_never_cut_to_their_real_part(example):
 
 HUGE = 10**11
 HOSTILE = {
+    "billion.mtx": f"{BANNER} real general\n1000000000 1 1\n1 1 1\n",
+    "billion.el": "0 1\n1 1000000000\n",
     "rows.mtx": f"{BANNER} real general\n{HUGE} 1 1\n1 1 1\n",
     "columns.mtx": f"{BANNER} real general\n1 {HUGE} 1\n1 1 1\n",
     "entries.mtx": f"{BANNER} pattern general\n9 9 {HUGE}\n1 1\n",

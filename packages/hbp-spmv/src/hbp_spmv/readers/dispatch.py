@@ -16,7 +16,7 @@ from tenfold_core.sparse import read_matrix_market
 
 from hbp_spmv.errors import ReadError
 from hbp_spmv.readers.edgelist import read_edgelist
-from hbp_spmv.readers.finish import Options, ReadInfo, cast, finish
+from hbp_spmv.readers.finish import Options, ReadInfo, cast, finish, memory_bound
 from hbp_spmv.readers.mat import read_mat
 from hbp_spmv.readers.metis import check_symmetric, read_metis
 from hbp_spmv.readers.npz import read_npz
@@ -39,6 +39,8 @@ _BY_SUFFIX = {
     ".tsv": "edgelist",
     ".csv": "edgelist",
 }
+_ALWAYS_BYTES = 200_000_000  # what any file may ask for
+_EXPANSION = 1000  # bytes of matrix a byte of a file may ask for; compressed graphs reach 100
 _KNOWN = ".mtx, .npz, .mat, .graph, .el, .edges, .txt, .tsv or .csv"
 _FOREIGN = {
     ".safetensors": "a saved HBP matrix; open it with hbp_spmv.load",
@@ -74,7 +76,8 @@ def read(
         source: The path or the object.
         edgelist: Read the file as an edge list, whatever its name.
         banner: Whether a Matrix Market file must begin with its ``%%MatrixMarket`` line.
-        max_memory: Bytes that reading may take; half of the machine's by default.
+        max_memory: Bytes that reading may take. By default half of the machine's, for a file
+            at most 1000 times its length or 200 MB.
         sum_duplicates: Add repeated entries up; otherwise they are an error.
         finite: Refuse NaN and infinity, which are otherwise kept with a warning.
         drop_zeros: Remove entries stored with the value zero.
@@ -170,6 +173,7 @@ def _faults_of(name: str) -> Iterator[None]:
 def _read_file(name: str, edgelist: bool, options: Options) -> tuple[csr_array, ReadInfo]:
     path, variable = _split(name)
     kind = _format(path, edgelist)
+    options = dataclasses.replace(options, max_memory=_file_bound(path, options.max_memory))
     if kind == "matrix-market":
         return _read_market(path, options)
     if kind == "metis":
@@ -181,6 +185,16 @@ def _read_file(name: str, edgelist: bool, options: Options) -> tuple[csr_array, 
     if kind == "mat":
         return finish(read_mat(path, variable, options), options)
     return finish(read_edgelist(path, options), options)
+
+
+def _file_bound(path: Path, max_memory: int | None) -> int:
+    """Return the bytes that a file of this length may ask for if the caller set no limit.
+
+    Without it a file of 60 bytes that declares 10**9 rows takes 4 GB and 11 s wherever these fit.
+    """
+    if max_memory is not None:
+        return max_memory
+    return min(memory_bound(None), max(_ALWAYS_BYTES, _EXPANSION * path.stat().st_size))
 
 
 def _split(name: str) -> tuple[Path, str | None]:
