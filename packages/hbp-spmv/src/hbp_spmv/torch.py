@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The product as a differentiable torch operator; the only module that imports torch."""
+"""The only module that imports torch: the differentiable product, and torch's own as a baseline."""
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
 from tenfold_core.errors import InputError
 
 from hbp_spmv.matrix import HBPMatrix
 
-__all__ = ["spmv"]
+__all__ = ["csr_product", "spmv"]
 
 
 def spmv(matrix: HBPMatrix, x: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
@@ -58,3 +62,46 @@ class _SpMV(torch.autograd.Function):
             products = g[torch.from_numpy(rows)] * x.detach()[torch.from_numpy(pattern.indices)]
             grad_values = products if products.ndim == 1 else products.sum(dim=1)
         return grad_x, grad_values, None
+
+
+def csr_product(
+    a: csr_array, *, index: type, threads: int
+) -> tuple[Callable[[NDArray, NDArray], None], int]:
+    """Return torch's `multiply(x, y)` for a CSR matrix, and the bytes it stores.
+
+    torch's thread count is process-wide; it is set for the call only where it differs.
+
+    Args:
+        a: canonical CSR with float32 or float64 values; values are shared, not copied.
+        index: np.int32, which MKL takes directly, or np.int64, torch's default.
+        threads: threads of a product.
+
+    Raises:
+        InputError: the matrix is too large for int32 indices.
+    """
+    if index is np.int32 and max(a.nnz, *a.shape) >= 1 << 31:
+        raise InputError(f"matrix of shape {a.shape} with {a.nnz} nonzeros: int32 indices end at 2**31")
+    parts = [
+        torch.from_numpy(_writable(array))
+        for array in (a.indptr.astype(index, copy=False), a.indices.astype(index, copy=False), a.data)
+    ]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        matrix = torch.sparse_csr_tensor(*parts, size=a.shape, check_invariants=False)
+
+    def multiply(x: NDArray, y: NDArray) -> None:
+        before = torch.get_num_threads()
+        if before != threads:
+            torch.set_num_threads(threads)
+        try:
+            torch.mv(matrix, torch.from_numpy(_writable(x)), out=torch.from_numpy(y))
+        finally:
+            if before != threads:
+                torch.set_num_threads(before)
+
+    return multiply, sum(part.nbytes for part in parts)
+
+
+def _writable(array: NDArray) -> NDArray:
+    """Return the array, or a copy if it is read-only, which torch would warn about."""
+    return array if array.flags.writeable else array.copy()
