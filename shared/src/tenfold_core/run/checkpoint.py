@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from tenfold_core.errors import CheckpointError, InputError
 from tenfold_core.run.atomic import atomic_directory, atomic_path
@@ -108,14 +108,14 @@ def save_tensors(
     views = [block.reshape(-1).view(np.uint8) for block in blocks if block.size]
     digest = hashlib.sha256()
     for view in views:
-        digest.update(view)
+        digest.update(view.data)
     header["__metadata__"] = texts | {_CHECKSUM: digest.hexdigest()}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for view in views:
-            file.write(view)
+            file.write(view.data)
 
 
 def read_header(path: str | os.PathLike[str]) -> TensorFile:
@@ -180,7 +180,7 @@ def load_tensors(
         raw = np.fromfile(path, np.uint8, count=size)
     if verify:
         expected = found.metadata.get(_CHECKSUM)
-        if hashlib.sha256(raw[found.data_start :]).hexdigest() != expected:
+        if hashlib.sha256(raw[found.data_start :].data).hexdigest() != expected:
             raise CheckpointError(
                 f"{path}: the data do not have the recorded {_CHECKSUM} {expected}; "
                 "the file was changed after it was written, make it again"
@@ -237,7 +237,7 @@ def _tensor_info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     return TensorInfo(dtype, tuple(shape), base + offsets[0], base + offsets[1])
 
 
-def _are_counts(values: Any) -> bool:
+def _are_counts(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(
         isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
         for value in values

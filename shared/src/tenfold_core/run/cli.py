@@ -86,11 +86,7 @@ def main(
         version: Text of ``--version``; by default the installed version of ``package``.
         package: Distribution that is asked for its version; by default ``prog``.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
-    debug = "--debug" in arguments[:cut]
-    if debug:
-        arguments.remove("--debug")
+    arguments, debug = _without_debug(list(sys.argv[1:] if argv is None else argv))
     try:
         with warnings.catch_warnings():
             _show_warnings_in_one_line(prog)
@@ -117,6 +113,14 @@ def main(
     except Exception as error:
         text = f"internal error, {type(error).__name__}: {error}; run it with --debug and report it"
         return _fail(prog, text, 1, debug)
+
+
+def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    if "--debug" not in arguments[:cut]:
+        return arguments, False
+    arguments.remove("--debug")
+    return arguments, True
 
 
 def _dispatch(prog: str, commands: Verb | Mapping[str, Verb], arguments: list[str]) -> int:

@@ -253,8 +253,8 @@ def _cuda_events(library: str) -> tuple[Any, Any, Callable[[Any, Any], float]]:
             "timing on 'cuda' needs a CUDA device and PyTorch or CuPy: "
             "pip install 'tenfold-core[torch]' or 'tenfold-core[cuda13]'"
         )
-    events = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    return *events, lambda start, stop: start.elapsed_time(stop)
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    return start, stop, lambda begin, end: begin.elapsed_time(end)
 
 
 def _on_gpu(result: Any) -> bool:

@@ -5,8 +5,8 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 from tenfold_core.errors import InputError
 
@@ -50,7 +50,7 @@ class Header:
         return f"{banner}{self.rows} {self.columns} {self.entries}\n"
 
 
-def open_text(path: Path) -> IO[bytes]:
+def open_text(path: Path) -> BufferedReader | gzip.GzipFile:
     """Open a plain or gzip-compressed file, recognised by its first bytes."""
     with path.open("rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
@@ -143,7 +143,7 @@ def _size_line(
     return rows, columns, entries
 
 
-def _guess_field(file: IO[bytes]) -> str:
+def _guess_field(file: BufferedReader | gzip.GzipFile) -> str:
     """Choose the field by the first entry after the size line of a file without a banner."""
     lines: Iterator[bytes] = iter(lambda: file.readline(1 << 16), b"")
     words = next((line.split() for line in lines if line.strip()), [])
