@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tenfold_core.errors import InputError, MissingExtraError
 from tenfold_core.sparse import CSR
-from tenfold_core.testing.sparse import csr_matrices
+from tenfold_core.testing.sparse import csr_matrices, random_csr
 
 # 0 0 7 0
 # 1 0 0 2      row 1 stores its columns unsorted and column 3 twice (0.5 + 1.5)
@@ -111,7 +111,7 @@ def test_a_full_check_finds_a_falling_indptr_and_a_column_outside():
 
 def test_scipy_round_trip_shares_the_arrays():
     sparse = pytest.importorskip("scipy.sparse")
-    source = sparse.random_array((20, 30), density=0.2, rng=np.random.default_rng(0)).tocsr()
+    source = random_csr(20, 30, density=0.2).to_scipy()
     matrix = CSR.from_scipy(source)
     assert np.shares_memory(matrix.data, source.data)
     back = matrix.to_scipy()

@@ -153,7 +153,7 @@ def _read(path: Path, header: Header, mmread: Any) -> Any:
     """Run SciPy's reader over the checked stream and turn its complaints into ours."""
     with Body(path, header) as body:
         try:
-            found = mmread(body, spmatrix=False) if header.entries else _empty(header)
+            found = mmread(body) if header.entries else _empty(header)
             while body.read():  # with no entries promised, nobody has read the text yet
                 pass
         except InputError:
@@ -206,7 +206,7 @@ def _to_csr(
 ) -> tuple[CSR, MatrixMarketInfo]:
     from scipy.sparse import coo_array
 
-    coo = found if hasattr(found, "tocsr") else coo_array(found)
+    coo = coo_array(found)  # from a coo_matrix, which shares its arrays, or a dense array
     _check_values(path, header, coo)
     csr = coo.tocsr()
     duplicates = coo.nnz - csr.nnz
@@ -248,7 +248,7 @@ def _check_values(path: Path, header: Header, coo: Any) -> None:
         _check_exact(path, header, coo.data)
     if header.symmetry not in ("skew-symmetric", "hermitian"):
         return
-    row, column = coo.coords
+    row, column = coo.row, coo.col
     diagonal = np.flatnonzero(row == column)
     values = coo.data[diagonal]
     wrong = values != 0 if header.symmetry == "skew-symmetric" else values.imag != 0
@@ -271,7 +271,7 @@ def _check_exact(path: Path, header: Header, values: np.ndarray) -> None:
 
 
 def _first_duplicate(coo: Any) -> str:
-    row, column = coo.coords
+    row, column = coo.row, coo.col
     order = np.lexsort((column, row))
     same = (np.diff(row[order]) == 0) & (np.diff(column[order]) == 0)
     place = order[int(np.argmax(same))]
