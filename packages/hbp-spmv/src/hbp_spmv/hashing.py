@@ -94,7 +94,9 @@ def place_paper(lengths, k0, s, t, u, output_hash, above, below):
         below[slot] = slot
     for row in range(rows):
         b = max(np.int64(lengths[row]) - k0, 0)
-        home = ((b >> s) << t) + u * b
+        # A home this far up is beyond the block; computing it could leave 64 bits.
+        beyond = (b >> s) >= rows or (u > 0 and b >= rows)
+        home = rows if beyond else ((b >> s) << t) + u * b
         if home >= rows:
             slot = _find(below, rows) - 1
         else:
@@ -120,7 +122,7 @@ def place_classes(lengths, classes, descending, output_hash, counts):
         classes: class of each length, (CAP + 1,), non-decreasing.
         descending: put the longest class first.
         output_hash: result, (rows,).
-        counts: scratch, (MAX_CLASSES + 1,) or more.
+        counts: scratch, (largest class + 2,) or more.
     """
     last = np.int64(classes[CAP])
     counts[: last + 2] = 0
@@ -231,11 +233,11 @@ def reorder(
         method: one of `HASHES`.
         params: parameters of the published family, for `paper`.
         lanes: rows per group, for `tuned`.
-        classes: table of the `lut` hash; built from `lengths` if absent.
+        classes: table of the `lut` hash, (256,), non-decreasing; built from `lengths` if absent.
 
     Raises:
-        ConfigError: the method is unknown.
-        InputError: `lengths` is not a vector of non-negative integers.
+        ConfigError: the method is unknown, or `lanes` not positive.
+        InputError: `lengths` is not a vector of non-negative integers, or `classes` not a table.
 
     Example:
         >>> reorder([5, 0, 1, 2, 3, 2, 0, 4], "paper", params=HashParams(s=1, t=1)).tolist()
@@ -246,6 +248,8 @@ def reorder(
         raise InputError(
             f"lengths: expected a vector of non-negative integers, got {k.dtype} of shape {k.shape}"
         )
+    if not isinstance(lanes, int) or lanes < 1:
+        raise ConfigError(f"lanes: expected a positive int, got {lanes!r}")
     k = k.astype(np.int64)
     order = np.arange(k.size)
     if method in ("paper", "tuned"):
@@ -253,10 +257,21 @@ def reorder(
         above, below = np.empty((2, k.size + 1), np.int64)
         place_paper(k, chosen.k0, chosen.s, chosen.t, chosen.u, order, above, below)
     elif method == "lut":
-        table = length_classes(k) if classes is None else classes
-        place_classes(k, table, False, order, np.empty(MAX_CLASSES + 1, np.int64))
+        table = length_classes(k) if classes is None else _checked_classes(classes)
+        place_classes(k, table, False, order, np.empty(int(table[CAP]) + 2, np.int64))
     elif method == "sort":
         place_sorted(k, False, order)
     elif method != "none":
         raise ConfigError(f"hash: expected one of {', '.join(HASHES)}, got {method!r}")
     return order
+
+
+def _checked_classes(classes: NDArray[np.integer]) -> NDArray[np.uint8]:
+    table = np.asarray(classes)
+    good = table.shape == (CAP + 1,) and table.dtype.kind in "iu"
+    if not good or table[0] < 0 or table[CAP] > CAP or (table[1:] < table[:-1]).any():
+        raise InputError(
+            f"classes: expected {CAP + 1} non-decreasing integers in 0..{CAP}, got {table.dtype} "
+            f"of shape {table.shape}"
+        )
+    return table.astype(np.uint8)
