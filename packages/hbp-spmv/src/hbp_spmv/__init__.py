@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hash-based partition SpMV: reorder, balance, multiply. Names load with their module on first use."""
+"""Hash-based partition SpMV: reorder, balance, multiply; names load on first use."""
 
 from importlib import import_module
 from typing import Any
@@ -21,7 +21,7 @@ _MODULE_OF = {
 }
 _MODULES = ("baselines", "generate", "torch")
 
-__all__ = ["__version__", *_MODULE_OF, *_MODULES]  # noqa: PLE0604
+__all__ = ["__version__", *_MODULE_OF, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

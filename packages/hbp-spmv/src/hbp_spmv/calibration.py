@@ -2,8 +2,8 @@
 """What this machine does: copy bandwidth by working set, cost constants of the kernels.
 
 `calibrate` measures for a few seconds and keeps the result per host in the user's cache folder;
-`load_calibration` returns it, or `DEFAULT`. Only predictions and the choice of the gather instruction
-depend on it, never a result.
+`load_calibration` returns it, or `DEFAULT`. Only predictions and the choice of the gather
+instruction depend on it, never a result.
 """
 
 import hashlib
@@ -148,9 +148,9 @@ def _sample(lengths: np.ndarray, columns: int) -> csr_array:
 
 def _product_ns(a: csr_array, layout: str, gather: bool) -> tuple[float, int]:
     """Return the time of one product in ns and the number of slots the layout steps through."""
+    from hbp_spmv.building import build_layout
     from hbp_spmv.config import BuildConfig
     from hbp_spmv.kernels import compact, csr
-    from hbp_spmv.matrix import build_layout
     from hbp_spmv.product import bind
 
     stored = build_layout(a, BuildConfig(layout=layout))
@@ -180,7 +180,9 @@ def calibrate(*, save: bool = True) -> Calibration:
     gather = wins[True] < wins[False]
 
     time_long, time_short = (_product_ns(a, "csr", gather)[0] for a in (long, short))
-    row = max((time_short - time_long * short.nnz / long.nnz) / (short.shape[0] - long.shape[0]), 0.0)
+    row = max(
+        (time_short - time_long * short.nnz / long.nnz) / (short.shape[0] - long.shape[0]), 0.0
+    )
     nonzero = max((time_long - row * long.shape[0]) / long.nnz, 0.05)
     switch, mispredict = (
         _product_ns(a, "csr", gather)[0] - a.nnz * nonzero - a.shape[0] * row for a in (mixed, many)

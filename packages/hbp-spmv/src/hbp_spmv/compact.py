@@ -2,10 +2,10 @@
 """`layout="compact"`: the method without its dense arrays (our layout, same principle).
 
 Per group of `lanes` rows: a start, a base column, the rows and their lengths, longest first. The
-elements lie step by step without padding; `add_sign` is not stored, since the distance to a row's next
-element is the number of lanes still active. Columns are 16-bit offsets from the group's base wherever
-they fit. Rows far above the mean ("heavy") leave the groups and are cut into segments; rows cut by
-segments or by column strips are summed from partial sums in a fixed order.
+elements lie step by step without padding; `add_sign` is not stored, since the distance to a row's
+next element is the number of lanes still active. Columns are 16-bit offsets from the group's base
+wherever they fit. Rows far above the mean ("heavy") leave the groups and are cut into segments;
+rows cut by segments or by column strips are summed from partial sums in a fixed order.
 """
 
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class _Parts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompactLayout:
-    """A matrix in compact layout. Elements are padded by `lanes` zeros that no sum ever includes."""
+    """A matrix in compact layout; its elements are padded by `lanes` zeros that no sum includes."""
 
     shape: tuple[int, int]
     nnz: int
@@ -122,7 +122,7 @@ class CompactLayout:
         return {name: getattr(self, name) for name in (*ARRAYS, "col", "val")}
 
     def fields(self) -> list[int]:
-        """Return the layout part of a plan: counts, then addresses (see `kernels.compact.FIELDS`)."""
+        """Return the layout part of a plan: counts, then addresses (`kernels.compact.FIELDS`)."""
         counts = {
             "rows": self.shape[0],
             "groups": len(self.group_base),
@@ -135,7 +135,7 @@ class CompactLayout:
         ]
 
     def work(self) -> list[NDArray]:
-        """Return the cost of each unit: groups, segments and runs of empty rows; then split rows."""
+        """Return the cost of each unit: groups, segments, runs of empty rows; then split rows."""
         units = -(-len(self.empty_rows) // EMPTIES_PER_UNIT)
         first = np.concatenate(
             [
@@ -147,7 +147,7 @@ class CompactLayout:
         return [first, np.diff(self.split_start)] if len(self.split_rows) else [first]
 
     def quality(self) -> tuple[float, float]:
-        """Return lane efficiency and the mean within-group standard deviation of the row lengths."""
+        """Return lane efficiency and the mean within-group deviation of the row lengths."""
         lengths = self.lengths.reshape(-1, self.lanes)
         slots = self.lanes * int(lengths[:, 0].sum())
         efficiency = int(lengths.sum()) / slots if slots else 1.0
@@ -178,9 +178,7 @@ class CompactLayout:
         build.unpack_groups(
             self.start, self.lengths, self.lanes, self.group_base, self.col, lanes, row, col
         )
-        build.unpack_segments(
-            self.segment_start, self.segment_base, self.col, segments, row, col
-        )
+        build.unpack_segments(self.segment_start, self.segment_base, self.col, segments, row, col)
         return row, col
 
     def values(self) -> NDArray:
@@ -237,9 +235,9 @@ class _Builder:
             split_rows=split_rows,
             split_start=split_start,
             col=_padded(self.a.nnz, self.lanes, index),
-            val=self.a.data[:1].copy() if self.uniform else _padded(
-                self.a.nnz, self.lanes, self.a.dtype
-            ),
+            val=self.a.data[:1].copy()
+            if self.uniform
+            else _padded(self.a.nnz, self.lanes, self.a.dtype),
             perm=np.empty(self.a.nnz, np.int64) if self.config.keep_perm else None,
         )
         val = source if self.uniform else layout.val

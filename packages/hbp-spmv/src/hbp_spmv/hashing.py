@@ -3,10 +3,13 @@
 
 Two hashes are implemented beside plain sorting:
 
-* `paper`: home slot `a(k) = ((b >> s) << t) + u*b` with `b = max(k - k0, 0)`, collisions resolved by
+* `paper`: home slot `a(k) = ((b >> s) << t) + u*b` with `b = max(k - k0, 0)`, collisions resolved
+by
   an outward search. The published search is quadratic when rows share a home; here two union-find
-  arrays ("next free slot above", "next free slot below") give the same placement in near-linear time.
-* `lut`: a monotone table of at most 32 length classes, built once per matrix from its histogram; a row
+  arrays ("next free slot above", "next free slot below") give the same placement in near-linear
+  time.
+* `lut`: a monotone table of at most 32 length classes, built once per matrix from its histogram; a
+row
   goes to its class's range at its rank in row order. It has sorting's quality without comparisons.
 
 A placement is the array `output_hash`: `output_hash[slot]` is the local row placed in that slot.
@@ -44,7 +47,7 @@ HASHES = ("lut", "paper", "tuned", "sort", "none")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HashParams:
-    """Parameters of the published hash family `a(k) = ((b >> s) << t) + u*b`, `b = max(k - k0, 0)`."""
+    """Parameters of the published hash `a(k) = ((b >> s) << t) + u*b`, `b = max(k - k0, 0)`."""
 
     k0: int = 0
     """Lengths up to k0 share home slot 0."""
@@ -59,7 +62,9 @@ class HashParams:
         for name in ("k0", "s", "t", "u"):
             value = getattr(self, name)
             if not isinstance(value, int) or not 0 <= value <= 31:
-                raise ConfigError(f"hash parameter {name!r}: expected an int in 0..31, got {value!r}")
+                raise ConfigError(
+                    f"hash parameter {name!r}: expected an int in 0..31, got {value!r}"
+                )
 
 
 PAPER_HASH = HashParams()

@@ -3,25 +3,22 @@
 
 import sys
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
-from scipy.sparse import coo_array, csr_array, issparse
+from scipy.sparse import coo_array, csr_array
 from scipy.sparse.linalg import LinearOperator
-from tenfold_core.device import cpu_info, resolve
-from tenfold_core.errors import ConfigError, InputError, MissingExtraError, TenfoldWarning
+from tenfold_core.device import resolve
+from tenfold_core.errors import ConfigError, InputError
 
+from hbp_spmv.building import build_layout, canonical, kernels_work, workers_for
 from hbp_spmv.config import PAPER, BuildConfig
 from hbp_spmv.fallback import ScipyLayout
 
-__all__ = ["HBPMatrix", "Stats", "canonical", "from_csr"]
-
-WORKER_NNZ = 8_000
-"""Nonzeros below which another thread costs more than it brings."""
+__all__ = ["HBPMatrix", "Stats", "from_csr"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,42 +43,6 @@ class Stats:
     """All values are equal and only one is stored."""
     threads: int
     build_seconds: float
-
-
-def canonical(a: Any, dtype: DTypeLike | None = None) -> csr_array:
-    """Return `a` as canonical CSR in float32, float64, complex64 or complex128.
-
-    Half precision is stored as float32; integers and booleans as float64, if they are exact there.
-    The caller's arrays are never changed.
-
-    Raises:
-        InputError: `a` is not a sparse matrix, or an integer exceeds 2**53.
-    """
-    if not issparse(a):
-        from hbp_spmv.readers import read
-
-        a = read(a)
-    if a.ndim != 2:
-        raise InputError(f"matrix: expected 2 dimensions, got shape {a.shape}")
-    a = csr_array(a)
-    target = np.dtype(dtype) if dtype is not None else _working_type(a.dtype)
-    if target.name not in ("float32", "float64", "complex64", "complex128"):
-        raise InputError(f"dtype: expected float32, float64 or complex, got {target.name}")
-    if a.dtype.kind in "iu" and a.nnz and int(np.abs(a.data.astype(np.float64)).max()) > 1 << 53:
-        raise InputError("matrix: an integer exceeds 2**53 and would be rounded; scale it first")
-    if a.dtype.kind == "c" and target.kind != "c":
-        raise InputError(f"dtype: {a.dtype.name} values do not fit {target.name}")
-    a = a.astype(target, copy=False)
-    if not a.has_canonical_format:
-        a = a.copy()
-        a.sum_duplicates()
-    return a
-
-
-def _working_type(dtype: np.dtype) -> np.dtype:
-    if dtype.kind in "biu":
-        return np.dtype(np.float64)
-    return np.result_type(dtype, np.float32)
 
 
 def from_csr(
@@ -137,7 +98,9 @@ def from_csr(
         unknown = sorted(set(changes) - set(BuildConfig.__dataclass_fields__))
         raise ConfigError(f"from_csr: unknown setting {unknown[0]!r}; see BuildConfig") from None
     if resolve(device).kind != "cpu":
-        raise ConfigError(f"device={device!r}: this version multiplies on the CPU; use device='cpu'")
+        raise ConfigError(
+            f"device={device!r}: this version multiplies on the CPU; use device='cpu'"
+        )
     matrix = canonical(a, dtype)
     workers = workers_for(threads, matrix.nnz)
     started = time.perf_counter()
@@ -153,62 +116,11 @@ def from_csr(
     return HBPMatrix(stored, chosen, matrix.dtype, workers, time.perf_counter() - started)
 
 
-def build_layout(matrix: csr_array, config: BuildConfig) -> Any:
-    """Build one layout from canonical CSR; complex values and hosts without numba get SciPy's."""
-    if matrix.dtype.kind == "c" or not kernels_work():
-        if config.layout in ("paper", "compact"):
-            reason = "complex values" if matrix.dtype.kind == "c" else "numba does not work here"
-            raise MissingExtraError(
-                f"layout={config.layout!r} is not available ({reason}); use layout='auto'"
-            )
-        return ScipyLayout(matrix)
-    if config.layout == "paper":
-        from hbp_spmv.method import PaperLayout
-
-        return PaperLayout.from_csr(matrix, config)
-    if config.layout == "csr":
-        from hbp_spmv.rowgather import RowLayout
-
-        return RowLayout.from_csr(matrix, config)
-    from hbp_spmv.compact import CompactLayout
-
-    return CompactLayout.from_csr(matrix, config)
-
-
-_KERNELS: list[bool] = []
-
-
-def kernels_work() -> bool:
-    """Tell whether numba can compile here; if not, warn once that SciPy multiplies."""
-    if not _KERNELS:
-        try:
-            import hbp_spmv.kernels.pool
-
-            _KERNELS.append(hbp_spmv.kernels.pool.MAX_WORKERS > 0)
-        except Exception as error:  # numba missing, its cache read-only, or an LLVM it cannot use
-            warnings.warn(
-                f"compiled kernels are not available ({type(error).__name__}: {error}); "
-                "products run in SciPy",
-                TenfoldWarning,
-                stacklevel=3,
-            )
-            _KERNELS.append(False)
-    return _KERNELS[0]
-
-
-def workers_for(threads: int | None, nnz: int) -> int:
-    """Return how many threads a product of `nnz` nonzeros uses, given the most it may use."""
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise ConfigError(f"threads: expected a positive int, got {threads!r}")
-    limit = threads or cpu_info().usable_cores
-    return max(1, min(limit, 64, nnz // WORKER_NNZ))
-
-
 class HBPMatrix:
     """An immutable sparse matrix with a fast product; safe to use from several threads.
 
-    Made by `from_csr` or `load`. It works as a SciPy `LinearOperator` (`matvec`, `rmatvec`, `shape`,
-    `dtype`) and multiplies NumPy arrays and torch tensors.
+    Made by `from_csr` or `load`. It works as a SciPy `LinearOperator` (`matvec`, `rmatvec`,
+    `shape`, `dtype`) and multiplies NumPy arrays and torch tensors.
     """
 
     __array_priority__ = 1000
@@ -306,12 +218,20 @@ class HBPMatrix:
     # Products
 
     def __matmul__(self, x: Any) -> Any:
-        if type(x) is np.ndarray and x.dtype == self.dtype and x.flags.c_contiguous:
-            if x.shape == self.shape[1:]:
-                y = np.empty(self.shape[0], self.dtype)
-                self._single(x, y)
-                return y
+        if self._plain(x, self.shape[1]):
+            y = np.empty(self.shape[0], self.dtype)
+            self._single(x, y)
+            return y
         return self._multiply(x)
+
+    def _plain(self, array: Any, size: int) -> bool:
+        """Tell whether an array is a vector the kernel takes as it is."""
+        return (
+            type(array) is np.ndarray
+            and array.dtype == self.dtype
+            and array.shape == (size,)
+            and array.flags.c_contiguous
+        )
 
     def __rmatmul__(self, x: Any) -> Any:
         return self.T @ x if np.ndim(x) == 1 else (self.T @ np.asarray(x).T).T
@@ -334,12 +254,16 @@ class HBPMatrix:
             raise InputError(f"beta={beta}: expected an out array to scale")
         if out is None and alpha == 1:
             return self @ x
+        direct = self._plain(x, self.shape[1]) and self._plain(out, self.shape[0])
+        if direct and out.flags.writeable and not np.may_share_memory(out, x):
+            self._single(x, out, float(alpha), float(beta))
+            return out
         return self._multiply(x, out, alpha, beta)
 
     matmat = matvec
 
     def rmatvec(self, x: ArrayLike) -> Any:
-        """Return `A.conj().T @ x` by the transposed matrix, which the first call builds and keeps."""
+        """Return `A.conj().T @ x`; the first call builds the transposed matrix and keeps it."""
         if self.dtype.kind == "c":
             return np.conj(self.T @ np.conj(x))
         return self.T @ x
@@ -560,7 +484,9 @@ class HBPMatrix:
         elif self.layout == "csr":
             stored = replace(self._stored, val=values)
         elif self._stored.perm is None:
-            raise InputError("update_values: the permutation was not kept; build with keep_perm=True")
+            raise InputError(
+                "update_values: the permutation was not kept; build with keep_perm=True"
+            )
         elif self.layout == "paper":
             stored = replace(self._stored, data=values[self._stored.perm])
         else:

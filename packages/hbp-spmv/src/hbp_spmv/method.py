@@ -3,11 +3,11 @@
 
 "A Nonlinear Hash-based Optimization Method for SpMV on GPUs", CCGrid 2025, arXiv 2504.08860.
 
-A matrix is cut into blocks of `height` x `width`. Inside a block the rows are reordered by a hash of
-their number of nonzeros and taken `lanes` at a time; a group's elements are stored step by step, so
-that neighbouring lanes read neighbouring addresses, and `add_sign` leads a lane from one element of
-its row to the next without padding. Every block writes its row sums to its place in the dense buffer
-`mid`; a final pass adds the strips of each row in order.
+A matrix is cut into blocks of `height` x `width`. Inside a block the rows are reordered by a hash
+of their number of nonzeros and taken `lanes` at a time; a group's elements are stored step by step,
+so that neighbouring lanes read neighbouring addresses, and `add_sign` leads a lane from one element
+of its row to the next without padding. Every block writes its row sums to its place in the dense
+buffer `mid`; a final pass adds the strips of each row in order.
 
 The six arrays, with M = height, W = lanes, C strips, block (i, j) of e rows:
 
@@ -132,14 +132,14 @@ class PaperLayout:
         return sum(array.nbytes for array in self.arrays().values())
 
     def arrays(self) -> dict[str, NDArray]:
-        """Return the six arrays by their published names; `begin_ptr` is int32 where that suffices."""
+        """Return the six arrays by their published names; `begin_ptr` is int32 if that suffices."""
         arrays = {name: getattr(self, name) for name in ARRAYS}
         if self.nnz < 1 << 31:
             arrays["begin_ptr"] = self.begin_ptr.astype(np.int32)
         return arrays
 
     def fields(self) -> list[int]:
-        """Return the layout part of a plan: counts, then addresses (see `kernels.paper.FIELDS`)."""
+        """Return the layout part of a plan: counts, then addresses (`kernels.paper.FIELDS`)."""
         counts = {
             "rows": self.shape[0],
             "block_rows": len(_heights(self.shape[0], self.height)),
@@ -170,7 +170,7 @@ class PaperLayout:
         return lengths
 
     def quality(self) -> tuple[float, float]:
-        """Return lane efficiency and the mean within-group standard deviation of the row lengths."""
+        """Return lane efficiency and the mean within-group deviation of the row lengths."""
         lengths = self.lengths()
         maxima, deviation, groups, start = 0, 0.0, 0, 0
         for height in np.repeat(_heights(self.shape[0], self.height), self.strips):
@@ -212,7 +212,9 @@ def _hash_table(a: csr_array, config: BuildConfig, lanes: int) -> tuple[HashPara
     starts = np.concatenate([[0], np.cumsum(heights)])
     wanted = 8 if config.hash == "tuned" else 64
     filled = np.flatnonzero(np.add.reduceat(blocks, starts[:-1])) if len(blocks) else []
-    chosen = np.unique(np.linspace(0, max(len(filled) - 1, 0), min(wanted, len(filled))).astype(int))
+    chosen = np.unique(
+        np.linspace(0, max(len(filled) - 1, 0), min(wanted, len(filled))).astype(int)
+    )
     sample = [blocks[starts[b] : starts[b + 1]] for b in np.asarray(filled)[chosen]]
     if config.hash == "tuned":
         return tune(sample, lanes), length_classes(np.zeros(1, np.int64))

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from tenfold_core.device import cpu_info
 
 from hbp_spmv.fallback import ScipyLayout
 from hbp_spmv.schedule import FIXED_SHARE, cut
@@ -101,7 +102,8 @@ def task_of(layout: Any, kind: str, size: int) -> Any:
         return columns.compact_columns_task(layout.lanes, *variant)
     gather = int(hardware_gather())
     if name == "RowLayout":
-        return csr.csr_task(layout.lanes, *variant, gather)
+        ahead = int(layout.nbytes > 2 * cpu_info().l2_bytes > 0)
+        return csr.csr_task(layout.lanes, *variant, gather, ahead)
     return compact.compact_task(layout.lanes, *variant, gather)
 
 

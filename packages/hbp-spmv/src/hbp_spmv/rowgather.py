@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`layout="csr"`: rows as they are, multiplied by the row-gather kernel; what `auto` takes on ties."""
+"""`layout="csr"`: rows as they are, for the row-gather kernel; what `auto` takes on ties."""
 
 from dataclasses import dataclass
 

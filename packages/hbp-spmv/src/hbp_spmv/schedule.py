@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who computes which block: the published mixed allocation, and the one used here.
 
-The paper gives every warp a fixed run of blocks and lets the warps compete for the rest. Its integer
-arithmetic (`published_blocks`) divides by zero on narrow matrices and can repeat or skip blocks, so it
-is kept for study only. `cut` keeps the idea: the first `fixed_share` of the *work* is cut into one
-contiguous run per worker, the rest is drawn from a shared queue.
+The paper gives every warp a fixed run of blocks and lets the warps compete for the rest. Its
+integer arithmetic (`published_blocks`) divides by zero on narrow matrices and can repeat or skip
+blocks, so it is kept for study only. `cut` keeps the idea: the first `fixed_share` of the *work* is
+cut into one contiguous run per worker, the rest is drawn from a shared queue.
 """
 
 from dataclasses import dataclass
@@ -52,8 +52,8 @@ def published_allocation(block_rows: int, strips: int, warps: int = 256) -> Allo
     run = block_rows // teams
     if run == 0:
         raise ConfigError(
-            f"published allocation: {block_rows} block rows for {teams} warps a strip leave no fixed "
-            "run (the published code divides by zero here); use schedule='mixed'"
+            f"published allocation: {block_rows} block rows for {teams} warps a strip leave no "
+            "fixed run (the published code divides by zero here); use schedule='mixed'"
         )
     full = warps // strips
     competitive = strips * block_rows - warps * run
@@ -85,8 +85,8 @@ def published_block(allocation: Allocation, ticket: int) -> tuple[int, int]:
 class Chunks:
     """Ranges of work units and the queues they stand in.
 
-    Chunk c covers units `bounds[c]..bounds[c+1]-1`; queue w < workers is worker w's fixed run, queue
-    `workers` the shared one; queue q holds chunks `queues[q]..queues[q+1]-1`.
+    Chunk c covers units `bounds[c]..bounds[c+1]-1`; queue w < workers is worker w's fixed run,
+    queue `workers` the shared one; queue q holds chunks `queues[q]..queues[q+1]-1`.
     """
 
     bounds: NDArray[np.int64]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`auto`: predict every candidate from the machine's measured costs, time the close ones, say why.
 
-Candidates are the row-gather CSR product and the compact layout. The prediction charges bytes at the
-measured bandwidth and, where that is larger, the kernels' own costs: nonzeros, rows, and for CSR every
-change of row length, which the branch predictor cannot foresee. CSR is chosen on ties and when too few
-products are planned to pay for a reordering.
+Candidates are the row-gather CSR product and the compact layout. The prediction charges bytes at
+the measured bandwidth and, where that is larger, the kernels' own costs: nonzeros, rows, and for
+CSR every change of row length, which the branch predictor cannot foresee. CSR is chosen on ties and
+when too few products are planned to pay for a reordering.
 """
 
 import time
@@ -155,7 +155,7 @@ def choose(
     Raises:
         ConfigError: `n_products` is not positive.
     """
-    from hbp_spmv.matrix import build_layout
+    from hbp_spmv.building import build_layout
     from hbp_spmv.product import bind_matrix
 
     if n_products < 1:
@@ -231,7 +231,7 @@ def select(
         tune: time the candidates whatever `n_products` says.
         config: settings of the candidates.
     """
-    from hbp_spmv.matrix import canonical, kernels_work, workers_for
+    from hbp_spmv.building import canonical, kernels_work, workers_for
 
     if device not in ("cpu", "auto"):
         raise ConfigError(f"device={device!r}: this version multiplies on the CPU")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`.hbp.safetensors`: a built matrix on disk, memory-mapped back, checked before any kernel runs."""
+"""`.hbp.safetensors`: a built matrix on disk, mapped back, checked before any kernel runs."""
 
 import json
 import os
@@ -14,9 +14,10 @@ from scipy.sparse import csr_array
 from tenfold_core.errors import CheckpointError, InputError, TenfoldError
 from tenfold_core.run.checkpoint import load_tensors, save_tensors
 
+from hbp_spmv.building import workers_for
 from hbp_spmv.config import BuildConfig
 from hbp_spmv.fallback import ScipyLayout
-from hbp_spmv.matrix import HBPMatrix, workers_for
+from hbp_spmv.matrix import HBPMatrix
 
 __all__ = ["load", "paper_layout", "save"]
 
@@ -74,7 +75,9 @@ def load(
     header = _header(path, metadata)
     layout = header.get("layout")
     if layout not in _SCALARS:
-        raise CheckpointError(f"{path}: layout is {layout!r}, expected one of {', '.join(_SCALARS)}")
+        raise CheckpointError(
+            f"{path}: layout is {layout!r}, expected one of {', '.join(_SCALARS)}"
+        )
     shape = _ints(path, header, "shape", 2)
     scalars = {name: _ints(path, header, name, 1)[0] for name in _SCALARS[layout]}
     dtype = header.get("dtype")

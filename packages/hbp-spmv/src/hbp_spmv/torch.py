@@ -22,7 +22,7 @@ def spmv(matrix: HBPMatrix, x: torch.Tensor, values: torch.Tensor | None = None)
     Args:
         matrix: the matrix A.
         x: operand, (columns,) or (columns, k), on the CPU, of the matrix's type.
-        values: values to use instead of the matrix's, in the order of `matrix.to_csr().data`, (nnz,);
+        values: values instead of the matrix's, in the order of `matrix.to_csr().data`, (nnz,);
             the matrix must be built with `keep_perm=True` (layout csr needs no permutation).
 
     Returns:

@@ -8,8 +8,9 @@ from tenfold_core.errors import InputError
 from tenfold_core.run.seeds import generator
 from tenfold_core.sparse import CSR, componentwise_bound, error_over_bound, reference_product
 
+from hbp_spmv.building import canonical
 from hbp_spmv.errors import VerificationError
-from hbp_spmv.matrix import HBPMatrix, canonical
+from hbp_spmv.matrix import HBPMatrix
 
 __all__ = ["Verification", "verify"]
 

@@ -232,7 +232,7 @@ def fill_segments(first, starts, bases, source_col, source_val, p, col, val, per
 
 @njit(nogil=True, cache=True)
 def unpack_groups(start, lengths, lanes, bases, col, owners, out_row, out_col):
-    """Write the row and column of every element of the groups; `owners` maps a target to its row."""
+    """Write the row and column of every element of the groups; `owners` has each lane's row."""
     for group in range(len(start) - 1):
         p = start[group]
         width = lanes

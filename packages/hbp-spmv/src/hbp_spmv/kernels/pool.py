@@ -2,10 +2,10 @@
 """Worker pool and the mixed execution allocation of section 2.6 of the method, for CPU threads.
 
 A product is one or more *phases*; a phase is a list of chunks. Each worker owns a contiguous run of
-chunks (the fixed part: its values stay in its own cache from product to product), the rest lies in a
-shared queue from which idle workers draw by an atomic ticket (the competitive part). A worker that is
-done with both helps the others. Which worker computes a chunk never changes a sum, so the result has
-the same bits for any number of threads.
+chunks (the fixed part: its values stay in its own cache from product to product), the rest lies in
+a shared queue from which idle workers draw by an atomic ticket (the competitive part). A worker
+that is done with both helps the others. Which worker computes a chunk never changes a sum, so the
+result has the same bits for any number of threads.
 
 Workers are Python threads inside compiled code without the GIL. They spin for about a millisecond
 after a product, then sleep; the caller never waits for a sleeping worker, it does the work itself.
@@ -153,7 +153,7 @@ def _serve(job, worker, seen, spins):
 
 
 class Pool:
-    """Helper threads that share one job array; `lock` guards it, whoever fails to get it runs alone."""
+    """Helper threads that share one job array; whoever fails to get its `lock` runs alone."""
 
     def __init__(self) -> None:
         storage = np.zeros(JOB_SIZE + 8, np.int64)

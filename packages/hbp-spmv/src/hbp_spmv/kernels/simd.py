@@ -11,6 +11,8 @@ constants of the calling kernel (literals, globals or closure variables).
 """
 
 import platform
+import zlib
+from pathlib import Path
 
 from llvmlite import ir
 from numba import types
@@ -27,6 +29,8 @@ __all__ = [
     "fma",
     "load_float",
     "load_index",
+    "prefetch",
+    "sources_stamp",
     "spin_pause",
     "store_float",
     "vector_extract",
@@ -52,6 +56,16 @@ _ELEMENTS = {
 _SCALARS = {"f64": types.float64, "f32": types.float32}
 
 
+def sources_stamp() -> int:
+    """Return a checksum of the kernel sources.
+
+    numba keys its cache by the file that defines a function, not by the files that function calls.
+    A task that mentions this number is compiled anew when any kernel source changes.
+    """
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return zlib.crc32(b"".join(file.read_bytes() for file in files))
+
+
 class Vector(types.Type):
     """numba type of a fixed-length SIMD register, e.g. 16 lanes of `f64`."""
 
@@ -62,6 +76,7 @@ class Vector(types.Type):
 
     @property
     def key(self) -> tuple[str, int]:
+        """What makes two such types the same."""
         return (self.element, self.lanes)
 
 
@@ -292,9 +307,7 @@ def vector_gather(typingctx, x, col, offset, lanes, size, index_size, hardware):
     def codegen(context, builder, signature, args):
         return emit(builder, args[0], args[1], args[2], vector, width, index_width)
 
-    signature = vector(
-        types.int64, types.int64, types.int64, lanes, size, index_size, hardware
-    )
+    signature = vector(types.int64, types.int64, types.int64, lanes, size, index_size, hardware)
     return signature, codegen
 
 
@@ -338,6 +351,24 @@ def _hardware_gather(builder, x, col, offset, vector, width, index_width):
             ir.Constant(llvm, ir.Undefined),
         ],
     )
+
+
+@intrinsic
+def prefetch(typingctx, base, offset, size):
+    """Ask for the cache line of element `offset`, to be read once, without waiting for it."""
+    width = _literal(size)
+    if width is None:
+        return None
+
+    def codegen(context, builder, signature, args):
+        byte = ir.IntType(8).as_pointer()
+        address = builder.add(args[0], builder.mul(args[1], ir.Constant(_I64, width)))
+        function = _declare(builder, "llvm.prefetch.p0", ir.VoidType(), [byte, _I32, _I32, _I32])
+        hints = [ir.Constant(_I32, hint) for hint in (0, 3, 1)]  # read, keep in cache, data
+        builder.call(function, [builder.inttoptr(address, byte), *hints])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, size), codegen
 
 
 @intrinsic

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From any sparse matrix to a stored layout: canonical CSR, available kernels, threads, build."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+from scipy.sparse import csr_array, issparse
+from tenfold_core.device import cpu_info
+from tenfold_core.errors import ConfigError, InputError, MissingExtraError, TenfoldWarning
+
+from hbp_spmv.config import BuildConfig
+from hbp_spmv.fallback import ScipyLayout
+
+__all__ = ["WORKER_NNZ", "build_layout", "canonical", "kernels_work", "workers_for"]
+
+WORKER_NNZ = 8_000
+"""Nonzeros below which another thread costs more than it brings."""
+
+
+def canonical(a: Any, dtype: DTypeLike | None = None) -> csr_array:
+    """Return `a` as canonical CSR in float32, float64, complex64 or complex128.
+
+    Half precision is stored as float32; integers and booleans as float64, if they are exact there.
+    The caller's arrays are never changed.
+
+    Raises:
+        InputError: `a` is not a sparse matrix, or an integer exceeds 2**53.
+    """
+    if not issparse(a):
+        from hbp_spmv.readers import read
+
+        a = read(a)
+    if a.ndim != 2:
+        raise InputError(f"matrix: expected 2 dimensions, got shape {a.shape}")
+    a = csr_array(a)
+    target = np.dtype(dtype) if dtype is not None else _working_type(a.dtype)
+    if target.name not in ("float32", "float64", "complex64", "complex128"):
+        raise InputError(f"dtype: expected float32, float64 or complex, got {target.name}")
+    if a.dtype.kind in "iu" and a.nnz and int(np.abs(a.data.astype(np.float64)).max()) > 1 << 53:
+        raise InputError("matrix: an integer exceeds 2**53 and would be rounded; scale it first")
+    if a.dtype.kind == "c" and target.kind != "c":
+        raise InputError(f"dtype: {a.dtype.name} values do not fit {target.name}")
+    a = a.astype(target, copy=False)
+    if not a.has_canonical_format:
+        a = a.copy()
+        a.sum_duplicates()
+    return a
+
+
+def _working_type(dtype: np.dtype) -> np.dtype:
+    if dtype.kind in "biu":
+        return np.dtype(np.float64)
+    return np.result_type(dtype, np.float32)
+
+
+def build_layout(matrix: csr_array, config: BuildConfig) -> Any:
+    """Build one layout from canonical CSR; complex values and hosts without numba get SciPy's."""
+    if matrix.dtype.kind == "c" or not kernels_work():
+        if config.layout in ("paper", "compact"):
+            reason = "complex values" if matrix.dtype.kind == "c" else "numba does not work here"
+            raise MissingExtraError(
+                f"layout={config.layout!r} is not available ({reason}); use layout='auto'"
+            )
+        return ScipyLayout(matrix)
+    if config.layout == "paper":
+        from hbp_spmv.method import PaperLayout
+
+        return PaperLayout.from_csr(matrix, config)
+    if config.layout == "csr":
+        from hbp_spmv.rowgather import RowLayout
+
+        return RowLayout.from_csr(matrix, config)
+    from hbp_spmv.compact import CompactLayout
+
+    return CompactLayout.from_csr(matrix, config)
+
+
+_KERNELS: list[bool] = []
+
+
+def kernels_work() -> bool:
+    """Tell whether numba can compile here; if not, warn once that SciPy multiplies."""
+    if not _KERNELS:
+        try:
+            import hbp_spmv.kernels.pool
+
+            _KERNELS.append(hbp_spmv.kernels.pool.MAX_WORKERS > 0)
+        except Exception as error:  # numba missing, its cache read-only, or an LLVM it cannot use
+            warnings.warn(
+                f"compiled kernels are not available ({type(error).__name__}: {error}); "
+                "products run in SciPy",
+                TenfoldWarning,
+                stacklevel=3,
+            )
+            _KERNELS.append(False)
+    return _KERNELS[0]
+
+
+def workers_for(threads: int | None, nnz: int) -> int:
+    """Return how many threads a product of `nnz` nonzeros uses, given the most it may use."""
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise ConfigError(f"threads: expected a positive int, got {threads!r}")
+    limit = threads or cpu_info().usable_cores
+    return max(1, min(limit, 64, nnz // WORKER_NNZ))
