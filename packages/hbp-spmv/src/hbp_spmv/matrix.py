@@ -17,6 +17,7 @@ from tenfold_core.errors import ConfigError, InputError
 from hbp_spmv.building import build_layout, canonical, kernels_work, workers_for
 from hbp_spmv.config import PAPER, BuildConfig
 from hbp_spmv.fallback import ScipyLayout
+from hbp_spmv.operands import accepts, as_operand
 
 __all__ = ["HBPMatrix", "Stats", "from_csr"]
 
@@ -276,11 +277,11 @@ class HBPMatrix:
         """Multiply whatever is not the plain case: check, convert, choose the columns."""
         if type(x).__module__.partition(".")[0] == "torch":
             return self._multiply_torch(x, out, alpha, beta)
-        x = self._operand(x)
+        x = as_operand(x, self.shape[1], self.dtype)
         if x.dtype.kind == "c" and self.dtype.kind != "c":
             return self._multiply_complex(x, out, alpha, beta)
         shape = (self.shape[0], *x.shape[1:])
-        direct = self._accepts(out, shape) and not np.may_share_memory(out, x)
+        direct = accepts(out, shape, self.dtype) and not np.may_share_memory(out, x)
         if direct:
             y = out
         elif out is not None and beta != 0:
@@ -295,39 +296,6 @@ class HBPMatrix:
             return y
         out[...] = y
         return out
-
-    def _operand(self, x: Any) -> NDArray:
-        if hasattr(x, "__cuda_array_interface__"):
-            raise InputError("x lies on a CUDA device, the matrix on the CPU; copy x to the host")
-        x = np.asarray(x)
-        if x.ndim not in (1, 2) or x.shape[0] != self.shape[1]:
-            columns = self.shape[1]
-            raise InputError(f"x has shape {x.shape}, expected ({columns},) or ({columns}, k)")
-        if x.dtype.kind not in "biufc":
-            raise InputError(f"x has dtype {x.dtype}, expected numbers")
-        if x.dtype.kind == "c":
-            single = self.dtype.name in ("float32", "complex64")
-            return self._convert(x, np.dtype(np.complex64 if single else np.complex128))
-        return self._convert(x, self.dtype)
-
-    def _convert(self, x: NDArray, dtype: np.dtype) -> NDArray:
-        if x.dtype.kind in "fc" and np.finfo(x.dtype).eps < np.finfo(dtype).eps:
-            raise InputError(
-                f"x has dtype {x.dtype}, the matrix {self.dtype}: digits would be lost; convert x, "
-                f"or build with dtype='{np.finfo(x.dtype).dtype}'"
-            )
-        return np.ascontiguousarray(x, dtype)
-
-    def _accepts(self, out: NDArray | None, shape: tuple[int, ...]) -> bool:
-        if out is None:
-            return False
-        if not isinstance(out, np.ndarray) or out.shape != shape:
-            raise InputError(f"out has shape {np.shape(out)}, expected {shape}")
-        if not out.flags.writeable:
-            raise InputError("out is read-only; pass a writable array")
-        if not np.can_cast(self.dtype, out.dtype, "same_kind"):
-            raise InputError(f"out has dtype {out.dtype}, expected {self.dtype}")
-        return out.dtype == self.dtype and out.flags.c_contiguous
 
     def _multiply_complex(self, x: NDArray, out: NDArray | None, alpha: float, beta: float) -> Any:
         """Multiply a complex operand by a real matrix: real and imaginary part are two columns."""

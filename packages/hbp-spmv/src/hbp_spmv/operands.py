@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a product accepts as x and out: checked shapes, exact conversions, clear refusals."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tenfold_core.errors import InputError
+
+__all__ = ["accepts", "as_operand"]
+
+
+def as_operand(x: Any, columns: int, dtype: np.dtype) -> NDArray:
+    """Return x as a contiguous array of the matrix's type, or of the complex type beside it.
+
+    Args:
+        x: operand, (columns,) or (columns, k).
+        columns: columns of the matrix.
+        dtype: type of the matrix.
+
+    Raises:
+        InputError: x has another shape, is not numeric, lies on a GPU, or would lose digits.
+    """
+    if hasattr(x, "__cuda_array_interface__"):
+        raise InputError("x lies on a CUDA device, the matrix on the CPU; copy x to the host")
+    x = np.asarray(x)
+    if x.ndim not in (1, 2) or x.shape[0] != columns:
+        raise InputError(f"x has shape {x.shape}, expected ({columns},) or ({columns}, k)")
+    if x.dtype.kind not in "biufc":
+        raise InputError(f"x has dtype {x.dtype}, expected numbers")
+    target = dtype
+    if x.dtype.kind == "c" and dtype.kind != "c":
+        target = np.dtype(np.complex64 if dtype == np.float32 else np.complex128)
+    if x.dtype.kind in "fc" and np.finfo(x.dtype).eps < np.finfo(target).eps:
+        raise InputError(
+            f"x has dtype {x.dtype}, the matrix {dtype}: digits would be lost; convert x, "
+            f"or build with dtype={np.finfo(x.dtype).dtype.name!r}"
+        )
+    return np.ascontiguousarray(x, target)
+
+
+def accepts(out: NDArray | None, shape: tuple[int, ...], dtype: np.dtype) -> bool:
+    """Tell whether a kernel can write straight into `out`.
+
+    Raises:
+        InputError: `out` is not a writable array of that shape that holds the type.
+    """
+    if out is None:
+        return False
+    if not isinstance(out, np.ndarray) or out.shape != shape:
+        raise InputError(f"out has shape {np.shape(out)}, expected {shape}")
+    if not out.flags.writeable:
+        raise InputError("out is read-only; pass a writable array")
+    if not np.can_cast(dtype, out.dtype, "same_kind"):
+        raise InputError(f"out has dtype {out.dtype}, expected {dtype}")
+    return out.dtype == dtype and out.flags.c_contiguous
