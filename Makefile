@@ -16,7 +16,7 @@ ALL := tenfold-core $(sort $(patsubst packages/%/pyproject.toml,%,$(wildcard pac
 dir = $(if $(filter tenfold-core,$(PKG)),shared,packages/$(PKG))
 
 # Optional parts that a package's own tests exercise and that are small enough for every machine.
-extras.tenfold-core := --extra checkpoint --extra plot --extra sparse
+extras.tenfold-core := --extra plot --extra sparse
 
 # What `uv run` installs first. CI, which prepares its environment itself, passes SYNC=--no-sync.
 SYNC ?= --locked $(if $(PKG),--package $(PKG) $(extras.$(PKG)),--all-packages) --group ci
