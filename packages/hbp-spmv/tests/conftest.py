@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
 import pytest
-from hbp_spmv import calibration, matrix
+from hbp_spmv import building, calibration
 from hypothesis import settings
 from scipy.sparse import csr_array
 from tenfold_core.testing.sparse import csr_from_lengths
@@ -22,7 +22,7 @@ def no_measured_calibration(tmp_path_factory):
 @pytest.fixture
 def several_workers(monkeypatch):
     """Let matrices of any size use as many threads as are asked for."""
-    monkeypatch.setattr(matrix, "WORKER_NNZ", 1)
+    monkeypatch.setattr(building, "WORKER_NNZ", 1)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ row
 A placement is the array `output_hash`: `output_hash[slot]` is the local row placed in that slot.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -201,7 +202,7 @@ def quality(lengths, order, lanes):
     return maxima, deviation, groups
 
 
-def tune(blocks: list[NDArray[np.integer]], lanes: int) -> HashParams:
+def tune(blocks: Sequence[NDArray[np.integer]], lanes: int) -> HashParams:
     """Choose (s, t) of the published family by lane efficiency on sample blocks.
 
     Args:

@@ -87,7 +87,7 @@ def from_csr(
         >>> H @ np.array([1.0, 2.0, 3.0])
         array([1., 2., 3.])
     """
-    named = {"layout": layout, "hash": hash, **(hash_params or {}), **settings}
+    named: dict[str, Any] = {"layout": layout, "hash": hash, **(hash_params or {}), **settings}
     if block is not None:
         named["height"], named["width"] = block
     free = ("lanes", "sigma", "strips")  # "auto" is spelled None in BuildConfig
@@ -139,7 +139,7 @@ class HBPMatrix:
         self._stored = stored
         self.config = config
         self.dtype = np.dtype(dtype)
-        self.shape: tuple[int, int] = tuple(int(size) for size in stored.shape)
+        self.shape: tuple[int, int] = (int(stored.shape[0]), int(stored.shape[1]))
         self.threads = threads
         self.reasons = reasons
         self._build_seconds = build_seconds
@@ -197,8 +197,10 @@ class HBPMatrix:
         )
 
     def _std_before(self, lanes: int) -> float:
+        if self.layout == "paper":
+            return self._stored.unordered_quality()[1]
         if self.layout != "compact" or not self.nnz:
-            return self._stored.quality()[1] if self.layout == "paper" else 0.0
+            return 0.0
         from hbp_spmv.hashing import quality
 
         lengths = np.bincount(self._stored.coordinates()[0], minlength=self.shape[0])
@@ -256,7 +258,7 @@ class HBPMatrix:
         if out is None and alpha == 1:
             return self @ x
         direct = self._plain(x, self.shape[1]) and self._plain(out, self.shape[0])
-        if direct and out.flags.writeable and not np.may_share_memory(out, x):
+        if direct and out is not None and out.flags.writeable and not np.may_share_memory(out, x):
             self._single(x, out, float(alpha), float(beta))
             return out
         return self._multiply(x, out, alpha, beta)
@@ -282,7 +284,7 @@ class HBPMatrix:
             return self._multiply_complex(x, out, alpha, beta)
         shape = (self.shape[0], *x.shape[1:])
         direct = accepts(out, shape, self.dtype) and not np.may_share_memory(out, x)
-        if direct:
+        if out is not None and direct:
             y = out
         elif out is not None and beta != 0:
             y = np.ascontiguousarray(out, self.dtype).copy()

@@ -171,7 +171,17 @@ class PaperLayout:
 
     def quality(self) -> tuple[float, float]:
         """Return lane efficiency and the mean within-group deviation of the row lengths."""
-        lengths = self.lengths()
+        return self._quality(self.lengths())
+
+    def unordered_quality(self) -> tuple[float, float]:
+        """Return the same of the rows in their own order."""
+        heights = np.repeat(_heights(self.shape[0], self.height), self.strips)
+        tops = np.repeat(np.cumsum(heights) - heights, heights)
+        lengths = np.empty(len(tops), np.int32)
+        lengths[tops + self.output_hash] = self.lengths()
+        return self._quality(lengths)
+
+    def _quality(self, lengths: NDArray[np.int32]) -> tuple[float, float]:
         maxima, deviation, groups, start = 0, 0.0, 0, 0
         for height in np.repeat(_heights(self.shape[0], self.height), self.strips):
             block = lengths[start : start + height]
@@ -365,6 +375,7 @@ def check_paper(rows, height, strips, lanes, begin_ptr, zero_row, output_hash, a
     """
     seen = np.empty(height, np.int64)
     seen[:] = -1
+    visited = np.zeros(len(add_sign), np.bool_)
     slot = 0
     group = 0
     for top in range(0, rows, height):
@@ -388,8 +399,9 @@ def check_paper(rows, height, strips, lanes, begin_ptr, zero_row, output_hash, a
                         return 3
                     j = begin_ptr[group] + lane - empty
                     while True:
-                        if j >= begin_ptr[group + 1]:
+                        if j >= begin_ptr[group + 1] or visited[j]:
                             return 4
+                        visited[j] = True
                         count += 1
                         if add_sign[j] == -1:
                             break

@@ -28,7 +28,7 @@ def as_operand(x: Any, columns: int, dtype: np.dtype) -> NDArray:
         raise InputError(f"x has shape {x.shape}, expected ({columns},) or ({columns}, k)")
     if x.dtype.kind not in "biufc":
         raise InputError(f"x has dtype {x.dtype}, expected numbers")
-    target = dtype
+    target: Any = dtype
     if x.dtype.kind == "c" and dtype.kind != "c":
         target = np.dtype(np.complex64 if dtype == np.float32 else np.complex128)
     if x.dtype.kind in "fc" and np.finfo(x.dtype).eps < np.finfo(target).eps:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
-from tenfold_core.errors import ConfigError
+from tenfold_core.errors import ConfigError, InputError
 
 from hbp_spmv.config import BuildConfig
 from hbp_spmv.kernels.csr import FIELDS
@@ -36,7 +36,10 @@ class RowLayout:
 
         Raises:
             ConfigError: `index='u16'` on more than 65536 columns.
+            InputError: more than 2**32 columns.
         """
+        if a.shape[1] > 1 << 32:
+            raise InputError(f"matrix of shape {a.shape}: no layout holds more than 2**32 columns")
         narrow = a.shape[1] <= 1 << 16 and config.index != "u32"
         if config.index == "u16" and not narrow:
             raise ConfigError(

@@ -120,7 +120,7 @@ class _Fields:
     def __init__(
         self,
         path: Any,
-        arrays: dict[str, NDArray],
+        arrays: Mapping[str, Any],
         shape: tuple[int, ...],
         dtype: np.dtype,
         scalars: dict[str, int],
@@ -132,7 +132,7 @@ class _Fields:
         self.scalars = scalars
 
     def take(self, name: str, dtypes: tuple, length: int | None) -> NDArray:
-        array = self.arrays.get(name)
+        array: Any = self.arrays.get(name)
         self.require(array is not None, name, "missing", "present")
         allowed = [np.dtype(item).name for item in dtypes]
         self.require(array.dtype.name in allowed, name, array.dtype.name, " or ".join(allowed))
@@ -158,6 +158,11 @@ class _Fields:
         good = smallest >= 0 and largest < limit
         self.require(good, name, f"up to {largest}", f"within 0..{limit - 1}")
 
+    def real(self) -> None:
+        """Refuse values that the compiled kernels do not know."""
+        known = self.dtype in (np.float32, np.float64)
+        self.require(known, "values", self.dtype.name, "float32 or float64")
+
     def values(self, name: str, count: int) -> NDArray:
         array = self.take(name, (self.dtype,), None)
         nnz = self.scalars["nnz"]
@@ -173,7 +178,7 @@ def _compact(file: _Fields) -> Any:
     s, (rows, columns) = file.scalars, file.shape
     nnz, lanes = s["nnz"], s["lanes"]
     file.require(lanes in (4, 8, 16, 32), "lanes", lanes, "4, 8, 16 or 32")
-    a = {name: file.take(name, (dtype,), None) for name, dtype in ARRAYS.items()}
+    a: Any = {name: file.take(name, (dtype,), None) for name, dtype in ARRAYS.items()}
     groups = len(a["group_base"])
     for name in ("lengths", "targets"):
         file.require(a[name].size == groups * lanes, name, a[name].size, groups * lanes)
@@ -205,7 +210,8 @@ def _compact(file: _Fields) -> Any:
     )
     file.require(worst < columns or nnz == 0, "col", f"up to column {worst}", f"below {columns}")
     perm = _perm(file)
-    return CompactLayout(shape=file.shape, **s, **a, col=col, val=val, perm=perm)
+    fields: dict[str, Any] = {**s, **a}
+    return CompactLayout(shape=file.shape, **fields, col=col, val=val, perm=perm)
 
 
 def _perm(file: _Fields) -> NDArray | None:
@@ -221,8 +227,9 @@ def _paper(file: _Fields) -> Any:
     from hbp_spmv.method import PaperLayout, check_paper
 
     s, (rows, columns) = file.scalars, file.shape
-    for name in ("height", "width", "lanes"):
-        file.require(s[name] > 0, name, s[name], "positive")
+    file.real()
+    for name, limit in (("height", 1 << 20), ("width", 1 << 31), ("lanes", 1024)):
+        file.require(0 < s[name] <= limit, name, s[name], f"within 1..{limit}")
     strips = -(-columns // s["width"])
     slots = rows * strips
     file.require(slots < 1 << 31, "shape", file.shape, "below 2**31 slots")
@@ -255,6 +262,10 @@ def paper_layout(
         InputError: an array is missing or not consistent with the others.
     """
     given = {name: np.asarray(array) for name, array in arrays.items()}
+    given = {
+        name: np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+        for name, array in given.items()
+    }
     data = given.get("data", np.empty(0))
     scalars = {"nnz": data.size, "height": height, "width": width, "lanes": lanes}
     try:
@@ -279,7 +290,7 @@ def _scipy(file: _Fields) -> Any:
     col = file.take("col", (np.int32, np.int64), None)
     file.ascending("ptr", ptr, col.size)
     file.below("col", col, max(file.shape[1], 1))
-    val = file.arrays.get("val")
+    val: Any = file.arrays.get("val")
     file.require(val is not None, "val", "missing", "present")
     if file.dtype == np.complex128:
         paired = val.dtype == np.float64 and val.shape == (col.size, 2)

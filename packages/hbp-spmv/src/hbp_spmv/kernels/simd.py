@@ -13,6 +13,7 @@ constants of the calling kernel (literals, globals or closure variables).
 import platform
 import zlib
 from pathlib import Path
+from typing import Any
 
 from llvmlite import ir
 from numba import types
@@ -90,7 +91,8 @@ def _llvm_vector(vector: Vector) -> ir.VectorType:
     return ir.VectorType(_ELEMENTS[vector.element], vector.lanes)
 
 
-def _literal(value) -> int | None:
+def _literal(value) -> Any:
+    """Return a compile-time int, or None: then numba tries again with literal arguments."""
     return value.literal_value if isinstance(value, types.IntegerLiteral) else None
 
 
