@@ -9,6 +9,7 @@ from hbp_spmv.formats import ell
 from hbp_spmv.kernels.merge import split_path
 from hbp_spmv.kernels.sell import fill_slices, sort_windows
 from hbp_spmv.preprocessing import METHODS, reorder_times
+from hypothesis import given, settings
 from numpy.testing import assert_array_equal
 from scipy.sparse import csr_array
 from tenfold_core.errors import ConfigError, InputError
@@ -17,6 +18,7 @@ from tenfold_core.testing.sparse import (
     assert_close_to_reference,
     awkward_matrices,
     csr_from_lengths,
+    csr_matrices,
     random_csr,
 )
 
@@ -82,6 +84,14 @@ def test_the_bits_do_not_depend_on_the_thread_count(name):
     one = product(name, matrix.to_scipy(), x)
     for threads in (2, 3):
         assert_array_equal(product(name, matrix.to_scipy(), x, threads), one)
+
+
+@settings(max_examples=25, deadline=None)
+@given(matrix=csr_matrices())
+def test_our_kernels_keep_the_bound_on_drawn_matrices(matrix):
+    x = np.random.default_rng(0).standard_normal(matrix.shape[1])
+    for name in OURS:
+        assert_close_to_reference(product(name, matrix.to_scipy(), x, threads=2), matrix, x)
 
 
 @pytest.mark.parametrize("special", [np.inf, np.nan])
