@@ -5,7 +5,7 @@ import warnings
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 from scipy.sparse import csr_array, issparse
 from tenfold_core.device import cpu_info
 from tenfold_core.errors import ConfigError, InputError, MissingExtraError, TenfoldWarning
@@ -13,7 +13,7 @@ from tenfold_core.errors import ConfigError, InputError, MissingExtraError, Tenf
 from hbp_spmv.config import BuildConfig
 from hbp_spmv.fallback import ScipyLayout
 
-__all__ = ["WORKER_NNZ", "build_layout", "canonical", "kernels_work", "workers_for"]
+__all__ = ["WORKER_NNZ", "all_equal", "build_layout", "canonical", "kernels_work", "workers_for"]
 
 WORKER_NNZ = 8_000
 """Nonzeros below which another thread costs more than it brings."""
@@ -53,6 +53,13 @@ def _working_type(dtype: np.dtype) -> np.dtype:
     if dtype.kind in "biu":
         return np.dtype(np.float64)
     return np.result_type(dtype, np.float32)
+
+
+def all_equal(values: NDArray) -> bool:
+    """Tell whether one stored value can stand for all; zeros of both signs are not equal."""
+    if values.size < 2 or not (values == values[0]).all():
+        return False
+    return bool(values[0] != 0 or np.ptp(np.signbit(values).view(np.int8)) == 0)
 
 
 def build_layout(matrix: csr_array, config: BuildConfig) -> Any:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from tenfold_core.errors import ConfigError, InputError
 
+from hbp_spmv.building import all_equal
 from hbp_spmv.config import BuildConfig
 from hbp_spmv.hashing import HashParams, length_classes, quality, tune
 from hbp_spmv.kernels import build
@@ -196,7 +197,7 @@ class _Builder:
         self.config = config
         self.lanes = config.lanes or 16
         self.col = a.indices.astype(np.uint32, copy=False)
-        self.uniform = a.nnz > 1 and bool((a.data == a.data[0]).all())
+        self.uniform = all_equal(a.data)
         mean = a.nnz / max(a.shape[0], 1)
         self.heavy = int(min(max(128, 16 * mean), max(4096, a.nnz / 64)))
         self.lengths = np.diff(a.indptr)
@@ -291,8 +292,8 @@ class _Builder:
                 int(self.col[high - 1]) - int(self.col[starts[-1]]) >= WINDOW_SPAN
             ):
                 reach = int(self.col[starts[-1]]) + WINDOW_SPAN
-                within = np.searchsorted(self.col[starts[-1] : high], reach)
-                starts.append(starts[-1] + min(SEGMENT, int(within)))
+                longest = self.col[starts[-1] : min(high, starts[-1] + SEGMENT)]
+                starts.append(starts[-1] + int(np.searchsorted(longest, reach)))
             cuts.append((int(part), np.array(starts, np.int64)))
         return cuts
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from tenfold_core.errors import ConfigError, InputError
 
+from hbp_spmv.building import all_equal
 from hbp_spmv.config import BuildConfig
 from hbp_spmv.kernels.csr import FIELDS
 
@@ -45,7 +46,7 @@ class RowLayout:
             raise ConfigError(
                 f"index='u16': {a.shape[1]} columns, layout 'csr' reaches 65536; use index='auto'"
             )
-        uniform = a.nnz > 1 and bool((a.data == a.data[0]).all())
+        uniform = all_equal(a.data)
         return cls(
             shape=a.shape,
             nnz=a.nnz,
