@@ -122,10 +122,10 @@ def _seconds(fn: Callable[[], object], budget: float = 0.03) -> float:
 
 
 def _bandwidth() -> tuple[tuple[int, float], ...]:
-    """Measure copies that fill half of each cache level, then four times the last one."""
+    """Measure copies that fill half of each shared or large cache, then four times the last one."""
     cpu = cpu_info()
     l2, l3 = cpu.l2_bytes or 1 << 20, cpu.l3_bytes or 16 << 20
-    levels = [(cpu.l1_bytes or 1 << 15, 0.5), (l2, 0.5), (l3, 0.5), (max(4 * l3, 64 << 20), 1.0)]
+    levels = [(l2, 0.5), (l3, 0.5), (max(4 * l3, 64 << 20), 1.0)]
     rates = []
     for size, share in levels:
         source = np.ones(min(int(size * share) // 2, 128 << 20) // 8)

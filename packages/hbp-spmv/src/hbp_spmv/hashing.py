@@ -81,6 +81,16 @@ def _find(parent, slot):
 
 
 @njit(nogil=True, cache=True)
+def _home(k, k0, s, t, u, rows):
+    """Return the home slot of a row of k nonzeros, `rows` for any beyond the block."""
+    b = max(k - k0, 0)
+    # A home this far up is beyond the block; computing it could leave 64 bits.
+    if (b >> s) >= rows or (u > 0 and b >= rows):
+        return rows
+    return ((b >> s) << t) + u * b
+
+
+@njit(nogil=True, cache=True)
 def place_paper(lengths, k0, s, t, u, output_hash, above, below):
     """Place the rows of one block by the published hash and collision rule.
 
@@ -95,25 +105,30 @@ def place_paper(lengths, k0, s, t, u, output_hash, above, below):
         below: scratch, (rows + 1,): next free slot downwards plus one, 0 if there is none.
     """
     rows = len(lengths)
+    longest = 0
+    for k in lengths:
+        longest = max(longest, np.int64(k))
+    if rows == 0 or _home(longest, k0, s, t, u, rows) == 0:  # the hash is monotone: every row's home is 0
+        for row in range(rows):
+            output_hash[row] = row
+        return
     for slot in range(rows + 1):
         above[slot] = slot
         below[slot] = slot
+    lowest = 0  # no slot below it is free
     for row in range(rows):
-        b = max(np.int64(lengths[row]) - k0, 0)
-        # A home this far up is beyond the block; computing it could leave 64 bits.
-        beyond = (b >> s) >= rows or (u > 0 and b >= rows)
-        home = rows if beyond else ((b >> s) << t) + u * b
-        if home >= rows:
+        home = _home(np.int64(lengths[row]), k0, s, t, u, rows)
+        if home == 0:
+            slot = _find(above, lowest)
+            lowest = slot + 1
+        elif home >= rows:
             slot = _find(below, rows) - 1
         else:
-            up = _find(above, home)
-            down = _find(below, home + 1) - 1
-            if up == rows:
-                slot = down
-            elif down < 0 or up - home <= home - down:
-                slot = up
-            else:
-                slot = down
+            slot = _find(above, home)
+            if slot != home:
+                down = _find(below, home + 1) - 1
+                if slot == rows or (down >= 0 and home - down < slot - home):
+                    slot = down
         output_hash[slot] = row
         above[slot] = slot + 1
         below[slot + 1] = slot
@@ -132,16 +147,29 @@ def place_classes(lengths, classes, descending, output_hash, counts):
     """
     last = np.int64(classes[CAP])
     counts[: last + 2] = 0
+    # Empty rows, most of a sparse block, are counted in a register.
+    empties = 0
+    apart = classes[1] > classes[0]
     for k in lengths:
-        c = np.int64(classes[min(np.int64(k), CAP)])
-        counts[(last - c if descending else c) + 1] += 1
+        if k == 0 and apart:
+            empties += 1
+        else:
+            c = np.int64(classes[min(np.int64(k), CAP)])
+            counts[(last - c if descending else c) + 1] += 1
+    rows = len(lengths)
+    empty_slot = rows - empties if descending else 0
+    counts[0] = 0 if descending else empties
     for c in range(last + 1):
         counts[c + 1] += counts[c]
-    for row in range(len(lengths)):
-        c = np.int64(classes[min(np.int64(lengths[row]), CAP)])
-        c = last - c if descending else c
-        output_hash[counts[c]] = row
-        counts[c] += 1
+    for row in range(rows):
+        if lengths[row] == 0 and apart:
+            output_hash[empty_slot] = row
+            empty_slot += 1
+        else:
+            c = np.int64(classes[min(np.int64(lengths[row]), CAP)])
+            c = last - c if descending else c
+            output_hash[counts[c]] = row
+            counts[c] += 1
 
 
 @njit(nogil=True, cache=True)
@@ -153,7 +181,8 @@ def place_sorted(lengths, descending, output_hash):
     output_hash[:] = np.argsort(keys, kind="mergesort")
 
 
-def length_classes(samples: NDArray[np.integer]) -> NDArray[np.uint8]:
+@njit(nogil=True, cache=True)
+def length_classes(samples):
     """Cut row lengths into at most 32 monotone classes of about equal work.
 
     Lengths 0..8 have a class each; longer ones share the rest so that each class carries about the
@@ -163,17 +192,23 @@ def length_classes(samples: NDArray[np.integer]) -> NDArray[np.uint8]:
         samples: row lengths of a sample of the matrix.
 
     Returns:
-        The class of each length 0..255, (256,); longer rows have the class of 255.
+        The class of each length 0..255, (256,) uint8; longer rows have the class of 255.
     """
-    histogram = np.bincount(np.minimum(samples, CAP), minlength=CAP + 1)
-    work = histogram * np.arange(CAP + 1)
-    work[: OWN_CLASS + 1] = 0
-    done = np.cumsum(work)
-    classes = np.arange(CAP + 1)
+    work = np.zeros(CAP + 1, np.int64)
+    for k in samples:
+        if k > OWN_CLASS:
+            work[min(np.int64(k), CAP)] += min(np.int64(k), CAP)
+    total = max(work.sum(), 1)
     spare = MAX_CLASSES - (OWN_CLASS + 1)
-    share = (done - work)[OWN_CLASS + 1 :] * spare // max(int(done[-1]), 1)
-    classes[OWN_CLASS + 1 :] = OWN_CLASS + 1 + np.minimum(share, spare - 1)
-    return classes.astype(np.uint8)
+    classes = np.empty(CAP + 1, np.uint8)
+    done = 0
+    for k in range(CAP + 1):
+        if k <= OWN_CLASS:
+            classes[k] = k
+        else:
+            classes[k] = OWN_CLASS + 1 + min(done * spare // total, spare - 1)
+            done += work[k]
+    return classes
 
 
 @njit(nogil=True, cache=True)
