@@ -108,7 +108,8 @@ def place_paper(lengths, k0, s, t, u, output_hash, above, below):
     longest = 0
     for k in lengths:
         longest = max(longest, np.int64(k))
-    if rows == 0 or _home(longest, k0, s, t, u, rows) == 0:  # the hash is monotone: every row's home is 0
+    # The hash is monotone: if the longest row's home is 0, every row's is.
+    if rows == 0 or _home(longest, k0, s, t, u, rows) == 0:
         for row in range(rows):
             output_hash[row] = row
         return
