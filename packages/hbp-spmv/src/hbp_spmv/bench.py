@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hbp-bench`: matrices x types x threads x formats, one row each.
+
+The rows of a *case* (matrix, type, threads) are measured together and appended together; a resumed
+run drops the rows of an unfinished case and measures it again, so every row is there exactly once.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tenfold_core.device import cpu_info, load_average
+from tenfold_core.errors import ConfigError, InputError, TenfoldError
+from tenfold_core.run.checkpoint import resume_token
+from tenfold_core.run.rows import plain
+
+from hbp_spmv.calibration import Calibration, calibrate, load_calibration
+from hbp_spmv.evaluate import Protocol, Subject, resolve_formats
+from hbp_spmv.inputs import Source
+from hbp_spmv.output import Output, check_output
+from hbp_spmv.preprocessing import reorder_times
+from hbp_spmv.summary import record_metrics
+
+__all__ = ["BenchConfig", "Result", "demo_config", "machine", "run"]
+
+_DTYPES = {"f32": "float32", "f64": "float64", "float32": "float32", "float64": "float64"}
+_COMPLEX = {"complex64": "float32", "complex128": "float64"}
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchConfig:
+    """What to measure; its `protocol` says how."""
+
+    formats: tuple[str, ...] = ()
+    """Format names or `all`; nothing for the default selection."""
+    dtypes: tuple[str, ...] = ("f64",)
+    threads: tuple[int, ...] = ()
+    """Thread counts; nothing for all cores of this process."""
+    reorder: bool = False
+    """Also time the row orders of all blocks, method by method."""
+    limit_time_s: float | None = None
+    """Begin no further case after this time."""
+    protocol: Protocol = field(default_factory=Protocol)
+
+    def __post_init__(self) -> None:
+        for name in self.dtypes:
+            if name not in _DTYPES:
+                raise ConfigError(f"dtype: {name!r} is not known, expected f32 or f64")
+        for count in self.threads:
+            if not 1 <= count <= 1024:
+                raise ConfigError(f"threads: found {count}, expected 1 to 1024")
+        if not self.dtypes:
+            raise ConfigError("dtype: found none, expected f32, f64 or both")
+
+    @property
+    def cases(self) -> list[tuple[str, int]]:
+        """Types and thread counts, each pair once, in the order they were given."""
+        threads = self.threads or (cpu_info().usable_cores,)
+        dtypes = dict.fromkeys(_DTYPES[name] for name in self.dtypes)
+        return [(dtype, count) for dtype in dtypes for count in dict.fromkeys(threads)]
+
+
+def demo_config(seed: int) -> BenchConfig:
+    """Return the settings of the demonstration: a minute on two cores, kernels compiled."""
+    protocol = Protocol(min_time_s=0.06, repeats=12, seed=seed)
+    cores = cpu_info().usable_cores
+    return BenchConfig(threads=(1, min(cores, 2)), reorder=True, protocol=protocol)
+
+
+@dataclass(slots=True)
+class Result:
+    """What a run measured, and what it could not read."""
+
+    calibration: Calibration
+    rows: Rows = field(default_factory=list)
+    reorderings: Rows = field(default_factory=list)
+    """Time and quality of each row order, by matrix and method."""
+    unread: list[str] = field(default_factory=list)
+    """Why a matrix was passed over, one line each."""
+    notes: list[str] = field(default_factory=list)
+    metrics: dict[str, tuple[float | None, str, str | None]] = field(default_factory=dict)
+    """Value, unit and better direction by name."""
+
+
+def machine(say: Callable[[str], None] = lambda text: None) -> Calibration:
+    """Return this host's calibration, measuring it first if that was never done."""
+    found = load_calibration()
+    if found.cpu != "default":
+        return found
+    say("measuring this machine once (a few seconds)")
+    return calibrate()
+
+
+def run(
+    sources: Sequence[Source],
+    config: BenchConfig,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    plot: str | Path | None = None,
+    verb: str = "bench",
+    say: Callable[[str], None] = lambda text: None,
+    on_case: Callable[[Rows, Calibration], None] = lambda rows, calibration: None,
+) -> Result:
+    """Measure every source in every format, type and thread count.
+
+    A matrix that cannot be read is named in `Result.unread`; if it is the only one, it is an error.
+
+    Args:
+        sources: matrices, see `hbp_spmv.inputs`.
+        config: what to measure.
+        out: folder or file for the rows and the record; None writes nothing.
+        resume: continue the run that `out` holds.
+        plot: file for a roofline plot.
+        verb: command that the record names.
+        say: called with progress texts.
+        on_case: called with the rows of each finished case.
+
+    Raises:
+        TenfoldError: a setting, the output or every matrix is not usable.
+        CheckpointError: `resume` and the earlier run had other settings or inputs.
+    """
+    check_output(out, plot)
+    if resume and out is None:
+        raise ConfigError("--resume: nothing to resume without --out")
+    formats, left_out = resolve_formats(config.formats)
+    for text in left_out:
+        say(f"left out: {text}")
+    _warn_if_busy(say)
+    result = Result(machine(say), notes=[f"left out: {text}" for text in left_out])
+    with ExitStack() as stack:
+        output = None
+        if out is not None:
+            token = _token(sources, config, formats)
+            settings = _settings(sources, config, formats, result) | {"token": token}
+            output = Output(out, verb=verb, settings=settings)
+            stack.enter_context(output)
+            if resume:
+                result.rows, result.reorderings = output.resume(formats)
+                say(f"resumed with {len(result.rows)} rows")
+        _measure(sources, config, formats, result, output, say, on_case)
+        result.metrics = record_metrics(result.rows, result.reorderings)
+        if output is not None:
+            output.finish(result.rows, result.metrics, [*result.notes, *result.unread])
+        if plot is not None:
+            from hbp_spmv.report import roofline
+
+            roofline(plot, result.rows, result.calibration.bandwidth)
+    return result
+
+
+def _measure(
+    sources: Sequence[Source],
+    config: BenchConfig,
+    formats: tuple[str, ...],
+    result: Result,
+    output: Output | None,
+    say: Callable[[str], None],
+    on_case: Callable[[Rows, Calibration], None],
+) -> None:
+    done = {(row["matrix"], _real(row["dtype"]), row["threads"]) for row in result.rows}
+    ordered = {row["matrix"] for row in result.reorderings}
+    deadline = time.monotonic() + (config.limit_time_s or math.inf)
+    for number, source in enumerate(sources, start=1):
+        cases = [case for case in config.cases if (source.name, *case) not in done]
+        if not cases:
+            continue
+        if time.monotonic() > deadline:
+            result.notes.append(f"stopped before {source.name}: the limit on time was reached")
+            say(result.notes[-1])
+            return
+        say(f"{source.name} ({number} of {len(sources)})")
+        try:
+            subject = Subject(source.name, source.load(), config.protocol)
+        except TenfoldError as error:
+            if len(sources) == 1:
+                raise
+            result.unread.append(str(error))
+            continue
+        if config.reorder and source.name not in ordered:
+            result.reorderings += _reorder_rows(subject)
+        for dtype, threads in cases:
+            rows = subject.measure(formats, dtype, threads, result.calibration)
+            if output is not None:
+                output.append(rows, result.reorderings)
+            result.rows += rows
+            on_case(rows, result.calibration)
+    if not result.rows and result.unread:
+        raise InputError(f"{result.unread[0]} (and no other matrix could be read)")
+
+
+def _reorder_rows(subject: Subject) -> Rows:
+    facts = subject.facts()
+    return [
+        {**facts, "method": method, **plain(found)}
+        for method, found in reorder_times(subject.a).items()
+    ]
+
+
+def _real(dtype: str) -> str:
+    return _COMPLEX.get(dtype, dtype)
+
+
+def _warn_if_busy(say: Callable[[str], None]) -> None:
+    load, cores = load_average(), cpu_info().usable_cores
+    if load and load[0] > 0.5 * cores:
+        say(f"the load average is {load[0]:.1f} on {cores} cores: timings will scatter")
+
+
+def _token(sources: Sequence[Source], config: BenchConfig, formats: tuple[str, ...]) -> str:
+    try:
+        release = version("hbp-spmv")
+    except PackageNotFoundError:  # run from a source tree
+        release = "0+unknown"
+    inputs = [[source.name, source.identity] for source in sources]
+    settings = (asdict(config.protocol), formats, config.cases, config.reorder)
+    return resume_token(release, settings, inputs)
+
+
+def _settings(
+    sources: Sequence[Source], config: BenchConfig, formats: tuple[str, ...], result: Result
+) -> dict[str, Any]:
+    return {
+        **asdict(config),
+        "formats": formats,
+        "cases": config.cases,
+        "matrices": [Path(source.name).name for source in sources],
+        "calibration": result.calibration,
+    }

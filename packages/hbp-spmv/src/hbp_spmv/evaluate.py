@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure one matrix in several formats: build, product, error; one `Row` per format.
+
+Products are timed the way a user asks for them (`y = A @ x`, the result allocated), interleaved so
+that drift hits all formats alike, and every result is compared with an exactly rounded one under a
+componentwise bound. x is standard normal.
+
+Thread pools disturb each other: after a product the helpers of one library spin on the cores that
+the next one needs (9 ms for OpenMP as PyTorch ships it, 1 ms for ours). With several threads the
+libraries take turns in groups, over several rounds, with a pause until the process is quiet.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from tenfold_core.device import cpu_info, load_average
+from tenfold_core.errors import ConfigError, MissingExtraError
+from tenfold_core.run.rows import plain
+from tenfold_core.run.seeds import generator
+from tenfold_core.run.timing import measure_many
+from tenfold_core.sparse import CSR, error_over_bound, reference_product
+
+from hbp_spmv.baselines import BASELINES
+from hbp_spmv.building import canonical
+from hbp_spmv.calibration import Calibration
+from hbp_spmv.errors import VerificationError
+from hbp_spmv.matrix import from_csr
+
+__all__ = ["COLUMNS", "HBP_FORMATS", "VENDORS", "Protocol", "Row", "Subject", "resolve_formats"]
+
+HBP_FORMATS: dict[str, dict[str, Any]] = {
+    "auto": {"layout": "auto"},
+    "hbp-compact": {"layout": "compact"},
+    "hbp-csr": {"layout": "csr"},
+    "hbp-paper": {"layout": "paper", "hash": "paper"},
+}
+"""Our formats by name, with the settings of their build."""
+DEFAULT_FORMATS = (
+    "auto", "csr-scipy", "csr-torch", "csr-merge", "sell", "hbp-compact", "hbp-csr", "hbp-paper",
+)  # fmt: skip
+VENDORS = ("csr-scipy", "csr-torch", "csr-mkl")
+"""Libraries that a user would otherwise call."""
+BASE = "csr-scipy"
+"""What the break-even counts against; always measured."""
+OPENMP = ("csr-torch", "csr-torch-int64", "csr-mkl")
+"""Formats whose helper threads are OpenMP's, timed apart from ours."""
+
+_ROUNDS = 4  # turns of each group, so that drift hits all groups alike
+_QUIET_STEP_S, _QUIET_LIMIT_S = 0.005, 0.5
+_BUILDS, _BUILD_BUDGET_S, _LONG_BUILD_S = 3, 0.1, 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One matrix, type, thread count and format; the columns of every result file."""
+
+    matrix: str
+    rows: int
+    columns: int
+    nnz: int
+    row_mean: float
+    """Nonzeros a row."""
+    row_cv: float
+    """Standard deviation of the nonzeros a row over their mean."""
+    dtype: str
+    threads: int
+    """Threads that were offered; a format may use fewer."""
+    cold: bool
+    """Caches were overwritten before each product."""
+    format: str
+    layout: str | None = None
+    """What `auto` chose, the layout of our other formats."""
+    bytes: int | None = None
+    """Stored arrays, each once."""
+    build_ms: float | None = None
+    """From CSR in memory, compilation excluded."""
+    us: float | None = None
+    """Median time of a product in microseconds."""
+    us_p10: float | None = None
+    us_p90: float | None = None
+    us_min: float | None = None
+    samples: int | None = None
+    gflops: float | None = None
+    """2 nnz / time."""
+    gbs: float | None = None
+    """Modelled bytes (stored arrays, x and y, each once) / time."""
+    copy_gbs: float | None = None
+    """Copy bandwidth of this machine at that working set: threads x one thread at its share."""
+    copy_percent: float | None = None
+    error_over_bound: float | None = None
+    """Largest componentwise error over its bound; at most 1."""
+    over_scipy: float | None = None
+    """Times as fast as csr-scipy."""
+    over_vendor: float | None = None
+    """Times as fast as the fastest library."""
+    vendor: str | None = None
+    """Name of the fastest library."""
+    breakeven: int | None = None
+    """Products after which the build is repaid against csr-scipy; empty: never."""
+    regret_percent: float | None = None
+    """How much slower `auto` is than the fastest of our formats."""
+    load: float | None = None
+    """Load average of the last minute."""
+    error: str | None = None
+    """Why there is no figure."""
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protocol:
+    """How long and under what conditions products are timed."""
+
+    min_time_s: float = 0.2
+    repeats: int = 20
+    cold: bool = False
+    seed: int = 0
+    n_products: int = 1000
+    """Products that `auto` is told to expect."""
+
+    def __post_init__(self) -> None:
+        if self.repeats < 3:
+            raise ConfigError(f"repeats is {self.repeats}, expected at least 3 for a spread")
+        if not 0 <= self.min_time_s <= 600:
+            raise ConfigError(f"min-time is {self.min_time_s}, expected 0 to 600 seconds")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}, expected a number that is not negative")
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """One format of the matrix, ready to be multiplied."""
+
+    nbytes: int
+    call: Callable[[], NDArray]
+    layout: str | None
+    build_s: float
+    error_over_bound: float
+    samples: list[float]
+
+
+def resolve_formats(names: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    """Return the formats to measure and why others of `all` are left out.
+
+    Args:
+        names: format names in any case, `all`, or nothing for the default selection.
+
+    Raises:
+        ConfigError: a name is unknown.
+        MissingExtraError: a format that was named needs a library that is not installed.
+    """
+    known = {name.casefold(): name for name in (*HBP_FORMATS, *BASELINES)}
+    left_out = []
+    chosen: list[str] = []
+    for name in names or DEFAULT_FORMATS:
+        if name.casefold() == "all":
+            wanted, named = (*HBP_FORMATS, *BASELINES), False
+        elif name.casefold() in known:
+            wanted, named = (known[name.casefold()],), bool(names)
+        else:
+            raise ConfigError(f"formats: {name!r} is not known, expected all, {', '.join(known)}")
+        for format_ in wanted:
+            reason = BASELINES[format_].probe() if format_ in BASELINES else None
+            if reason and named:
+                raise MissingExtraError(f"format {format_!r}: {reason}")
+            if reason:
+                left_out.append(f"{format_}: {reason}")
+            elif format_ not in chosen:
+                chosen.append(format_)
+    return tuple(chosen if BASE in chosen else [*chosen, BASE]), left_out
+
+
+class Subject:
+    """A matrix to be measured; for each type it keeps x and the exact product."""
+
+    def __init__(self, name: str, a: Any, protocol: Protocol) -> None:
+        """Take a matrix in its own type."""
+        self.name, self.protocol, self.a = name, protocol, canonical(a)
+        self._task: _Task | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """Return the columns that describe the matrix."""
+        rows, columns = self.a.shape
+        lengths = np.diff(self.a.indptr)
+        mean = float(lengths.mean()) if rows else 0.0
+        spread = float(lengths.std()) / mean if mean else 0.0
+        return {
+            "matrix": self.name, "rows": rows, "columns": columns, "nnz": self.a.nnz,
+            "row_mean": round(mean, 4), "row_cv": round(spread, 4),
+        }  # fmt: skip
+
+    def measure(
+        self, formats: Sequence[str], dtype: str, threads: int, calibration: Calibration
+    ) -> list[dict[str, Any]]:
+        """Build, check and time every format; one that fails gets a row with its error.
+
+        Args:
+            formats: format names, as `resolve_formats` returns them.
+            dtype: float32 or float64; a complex matrix stays complex at that precision.
+            threads: threads that each format may use.
+            calibration: where the copy bandwidth comes from.
+        """
+        if self._task is None or self._task.dtype != dtype:
+            self._task = _Task(self.a, dtype, self.protocol)
+        candidates, errors = self._task.run(formats, threads)
+        load = load_average()
+        facts: dict[str, Any] = {
+            **self.facts(), "dtype": self._task.a.dtype.name, "threads": threads,
+            "cold": self.protocol.cold, "load": round(load[0], 2) if load else None,
+        }  # fmt: skip
+        rows = []
+        for name in formats:
+            if name in errors:
+                row = Row(**facts, format=name, error=errors[name])
+            else:
+                figures = _figures(self._task.a, name, threads, candidates, calibration)
+                row = Row(**facts, format=name, **figures)
+            rows.append({column: plain(getattr(row, column)) for column in COLUMNS})
+        return rows
+
+
+class _Task:
+    """One matrix in one type."""
+
+    def __init__(self, a: csr_array, dtype: str, protocol: Protocol) -> None:
+        kept = {"float32": "complex64", "float64": "complex128"}[dtype]
+        self.dtype, self.protocol = dtype, protocol
+        self.a: csr_array = canonical(a, kept if a.dtype.kind == "c" else dtype)
+        x = generator(protocol.seed, "x").standard_normal(self.a.shape[1])
+        self.x = x.astype(self.a.dtype)
+        self.reference = CSR.from_scipy(self.a)
+        self.exact = reference_product(self.reference, self.x)
+
+    def run(
+        self, formats: Sequence[str], threads: int
+    ) -> tuple[dict[str, _Candidate], dict[str, str]]:
+        """Return what was measured and, for formats that failed, why."""
+        candidates: dict[str, _Candidate] = {}
+        errors: dict[str, str] = {}
+        if any(name.startswith("csr-torch") for name in formats):
+            import_module("hbp_spmv.torch")
+        with _torch_threads(threads):
+            for name in formats:
+                try:
+                    candidates[name] = self._candidate(name, threads)
+                except Exception as error:  # whatever a library raises must not end the run
+                    errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            self._time(candidates, threads)
+        return candidates, errors
+
+    def _candidate(self, name: str, threads: int) -> _Candidate:
+        build = self._builder(name, threads)
+        seconds: list[float] = []
+        operator: Any = None
+        # The first build also compiles and imports; it counts only if it is too long to repeat.
+        while len(seconds) < 2 or (len(seconds) <= _BUILDS and sum(seconds[1:]) < _BUILD_BUDGET_S):
+            operator = None
+            started = time.perf_counter()
+            operator = build()
+            seconds.append(time.perf_counter() - started)
+            if seconds[0] > _LONG_BUILD_S:
+                break
+        matvec = operator.__matmul__ if name in HBP_FORMATS else operator.matvec
+        y = np.asarray(matvec(self.x))
+        worst, row = error_over_bound(y, self.reference, self.x, exact=self.exact)
+        if not worst <= 1:
+            raise VerificationError(f"row {row}: the error is {worst:.3g} times its bound")
+        return _Candidate(
+            nbytes=operator.nbytes,
+            call=partial(matvec, self.x),
+            layout=operator.layout if name in HBP_FORMATS else None,
+            build_s=float(np.median(seconds[1:] or seconds)),
+            error_over_bound=worst,
+            samples=[],
+        )
+
+    def _builder(self, name: str, threads: int) -> Callable[[], Any]:
+        if name in HBP_FORMATS:
+            products = self.protocol.n_products
+            settings = HBP_FORMATS[name]
+            return partial(from_csr, self.a, threads=threads, n_products=products, **settings)
+        return partial(BASELINES[name].build, self.a, threads)
+
+    def _time(self, candidates: Mapping[str, _Candidate], threads: int) -> None:
+        """Fill in the samples of all candidates."""
+        together = threads == 1
+        openmp = [name for name in candidates if name in OPENMP and not together]
+        groups = [openmp, [name for name in candidates if name not in openmp]]
+        groups = [group for group in groups if group]
+        rounds = _ROUNDS if len(groups) > 1 else 1
+        flush = 2 * (cpu_info().l3_bytes or 32 << 20) if self.protocol.cold else None
+        for turn in range(rounds):
+            for group in groups if turn % 2 == 0 else groups[::-1]:
+                wait_until_quiet()
+                timings = measure_many(
+                    {name: candidates[name].call for name in group},
+                    min_time_s=self.protocol.min_time_s / rounds,
+                    repeats=max(3, -(-self.protocol.repeats // rounds)),
+                    flush=flush,
+                    max_time_s=max(20 * self.protocol.min_time_s, 1.0) * len(group) / rounds,
+                )
+                for name, timing in timings.items():
+                    candidates[name].samples += timing.samples
+
+
+def _figures(
+    a: csr_array,
+    name: str,
+    threads: int,
+    candidates: Mapping[str, _Candidate],
+    calibration: Calibration,
+) -> dict[str, Any]:
+    """Return the measured columns of a format."""
+    found = candidates[name]
+    medians = {other: max(float(np.median(c.samples)), 1e-9) for other, c in candidates.items()}
+    p10, p90 = np.percentile(found.samples, [10, 90])
+    seconds = medians[name]
+    moved = found.nbytes + a.dtype.itemsize * sum(a.shape)
+    copy = threads * calibration.bandwidth_at(moved // threads)
+    return {
+        "layout": found.layout,
+        "bytes": found.nbytes,
+        "build_ms": _short(1e3 * found.build_s),
+        "us": _short(1e6 * seconds),
+        "us_p10": _short(1e6 * p10),
+        "us_p90": _short(1e6 * p90),
+        "us_min": _short(1e6 * min(found.samples)),
+        "samples": len(found.samples),
+        "gflops": _short(2e-9 * a.nnz / seconds),
+        "gbs": _short(1e-9 * moved / seconds),
+        "copy_gbs": _short(copy),
+        "copy_percent": _short(1e-7 * moved / seconds / copy),
+        "error_over_bound": _short(found.error_over_bound),
+        **_comparisons(name, medians, found.build_s),
+    }
+
+
+def _comparisons(name: str, medians: Mapping[str, float], build_s: float) -> dict[str, Any]:
+    """Compare a format with SciPy, the fastest library and, for `auto`, our other formats."""
+    seconds = medians[name]
+    result: dict[str, Any] = {}
+    if BASE in medians:
+        result["over_scipy"] = _short(medians[BASE] / seconds)
+        gain = medians[BASE] - seconds
+        if name == BASE:
+            result["breakeven"] = 0
+        elif gain > 0:
+            result["breakeven"] = int(np.ceil(build_s / gain))
+    if vendors := [vendor for vendor in VENDORS if vendor in medians]:
+        best = min(vendors, key=medians.__getitem__)
+        result |= {"vendor": best, "over_vendor": _short(medians[best] / seconds)}
+    ours = [medians[other] for other in medians if other in HBP_FORMATS]
+    if name == "auto" and len(ours) > 1:
+        result["regret_percent"] = _short(100 * (seconds / min(ours) - 1))
+    return result
+
+
+def _short(value: float) -> float:
+    """Round to five significant digits, more than any of these figures has."""
+    return float(f"{value:.5g}")
+
+
+def wait_until_quiet() -> None:
+    """Sleep until no helper thread of this process spins any more, half a second at most."""
+    deadline = time.perf_counter() + _QUIET_LIMIT_S
+    while time.perf_counter() < deadline:
+        used = time.process_time()
+        time.sleep(_QUIET_STEP_S)
+        if time.process_time() - used < 0.1 * _QUIET_STEP_S:
+            return
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    """Set torch's process-wide thread count, if it is loaded, once instead of at every product."""
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else threads
+    if torch:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        if torch:
+            torch.set_num_threads(before)

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and the roofline plot from the rows of a benchmark.
+
+`python -m hbp_spmv.report [--check] packages/hbp-spmv` rewrites, in README.md and in
+benchmarks/results/*.md, what stands between `<!-- results: FOLDER/TABLE -->` and the next
+`<!-- /results -->`. FOLDER lies in benchmarks/results; TABLE is `claims`, `reorder` or, for a type
+and a number of threads, such as `products-f64-1`.
+"""
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tenfold_core.errors import InputError
+from tenfold_core.run.atomic import atomic_path
+from tenfold_core.run.cli import Positional, main
+from tenfold_core.run.report import ACCENT, BASELINE, figure, markdown_table
+
+__all__ = [
+    "CASE_COLUMNS", "ORDER_COLUMNS", "case_cells", "case_title", "claim_lines", "claim_table",
+    "machine_line", "order_cells", "product_table", "regenerate", "reorder_table", "roofline",
+    "verdict",
+]  # fmt: skip
+
+Row = Mapping[str, Any]
+
+CASE_COLUMNS = (
+    "format", "KB", "build ms", "us", "p10", "p90", "GFLOP/s", "GB/s", "% copy", "err/bound",
+    "x scipy", "x library", "pays after",
+)  # fmt: skip
+"""What `hbp-bench` prints for each format."""
+_SHORT = {"float64": "f64", "float32": "f32"}
+_BLOCK = re.compile(r"^<!-- results: (\S+) -->\n(.*?)^<!-- /results -->$", re.M | re.S)
+
+
+def case_title(rows: Sequence[Row]) -> str:
+    """Say what the rows of one case have in common."""
+    row = rows[0]
+    threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+    return (
+        f"{row['matrix']}: {row['rows']} x {row['columns']}, {row['nnz']} nonzeros "
+        f"({row['row_mean']:.1f} a row, cv {row['row_cv']:.2f}), {row['dtype']}, {threads}, "
+        f"{'cold' if row['cold'] else 'hot'}"
+    )
+
+
+def case_cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Return a case as text cells, one line per format."""
+    lines = []
+    for row in rows:
+        name = f"{row['format']} ({row['layout']})" if row["format"] == "auto" else row["format"]
+        if row["error"] is not None:
+            lines.append([row["format"], "failed", *[""] * (len(CASE_COLUMNS) - 2)])
+            continue
+        after = "never" if row["breakeven"] is None else str(row["breakeven"])
+        figures = ["build_ms", "us", "us_p10", "us_p90", "gflops", "gbs", "copy_percent"]
+        lines.append(
+            [
+                name,
+                f"{row['bytes'] / 1024:.0f}",
+                *[_digits(row[column]) for column in figures],
+                f"{row['error_over_bound']:.2g}",
+                _digits(row["over_scipy"]),
+                _digits(row["over_vendor"]),
+                after,
+            ]
+        )
+    return lines
+
+
+def verdict(rows: Sequence[Row]) -> list[str]:
+    """Say what `auto` chose, how far from the best it was, and plainly when it loses."""
+    lines = [f"{row['format']} failed: {row['error']}" for row in rows if row["error"] is not None]
+    times = {row["format"]: row["us"] for row in rows if row["us"]}
+    auto = next((row for row in rows if row["format"] == "auto" and row["us"]), None)
+    if auto is None:
+        return lines
+    text = f"auto chose {auto['layout']}"
+    if auto["regret_percent"] is not None:
+        ours = [name for name in times if name == "auto" or name.startswith("hbp-")]
+        text += (
+            f", regret {auto['regret_percent']:.1f} % (best of ours: {min(ours, key=times.get)})"
+        )
+    if auto["vendor"]:
+        ratio = auto["over_vendor"]
+        if ratio >= 1:
+            text += f"; {ratio:.2f}x as fast as {auto['vendor']}"
+        else:
+            text += f"; HBP LOSES: {auto['vendor']} is {1 / ratio:.2f}x as fast as auto"
+    best = min(times, key=times.get)
+    if times[best] < times["auto"] and best != auto["vendor"] and not best.startswith("hbp-"):
+        text += f"; fastest of all: {best}, {times['auto'] / times[best]:.2f}x as fast as auto"
+    if auto["breakeven"] is None:
+        text += "; the build never pays against csr-scipy"
+    return [*lines, text]
+
+
+def product_table(rows: Sequence[Row], dtype: str, threads: int) -> str:
+    """Write the times of all matrices in one type and thread count as Markdown, in microseconds."""
+    part = [row for row in rows if (row["dtype"], row["threads"]) == (dtype, threads)]
+    formats = [name for name in dict.fromkeys(row["format"] for row in part) if name != "auto"]
+    by_matrix: dict[str, dict[str, Row]] = {}
+    for row in part:
+        by_matrix.setdefault(row["matrix"], {})[row["format"]] = row
+    lines = []
+    for matrix, found in by_matrix.items():
+        auto = found.get("auto", {})
+        facts = next(iter(found.values()))
+        lines.append(
+            [
+                matrix, facts["nnz"], f"{facts['row_cv']:.2f}", _digits(auto.get("build_ms")),
+                *[_digits(found[name]["us"] if name in found else None) for name in formats],
+                f"{_digits(auto.get('us'))} ({auto.get('layout') or 'failed'})",
+                _digits(auto.get("gflops")), _digits(auto.get("over_vendor")),
+            ]
+        )  # fmt: skip
+    columns = ["matrix", "nnz", "cv", "build ms", *formats, "auto", "GFLOP/s", "x library"]
+    return markdown_table(columns, lines)
+
+
+ORDER_COLUMNS = (
+    "matrix", "cv", "paper ms", "lut ms", "sort2D ms", "quicksort ms", "DP2D ms",
+    "std fall paper", "lut", "sort2D",
+)  # fmt: skip
+"""What ordering the rows of all blocks costs, and by how much their spread in a group falls."""
+
+
+def order_cells(reorderings: Sequence[Row]) -> list[list[str]]:
+    """Return one line of text cells per matrix, in the order of `ORDER_COLUMNS`."""
+    by_matrix: dict[str, dict[str, Row]] = {}
+    for row in reorderings:
+        by_matrix.setdefault(row["matrix"], {})[row["method"]] = row
+    return [
+        [
+            matrix,
+            f"{found['lut']['row_cv']:.2f}",
+            *[
+                _digits(found[name]["best_ms"])
+                for name in ("paper", "lut", "sort", "quick", "DP2D")
+            ],
+            *[f"{found[name]['std_fall_percent']:.0f} %" for name in ("paper", "lut", "sort")],
+        ]
+        for matrix, found in by_matrix.items()
+    ]
+
+
+def reorder_table(reorderings: Sequence[Row]) -> str:
+    """Write what ordering the rows of all blocks costs, per method, as Markdown."""
+    return markdown_table(ORDER_COLUMNS, order_cells(reorderings))
+
+
+def claim_table(rows: Sequence[Row], reorderings: Sequence[Row]) -> str:
+    """Write every claim with its target, what was found, and every loss, as Markdown."""
+    from hbp_spmv.summary import claims
+
+    words = {True: "pass", False: "miss", None: "not measured"}
+    return markdown_table(
+        ["claim", "target", "found", "verdict", "below the line"],
+        [[c.text, c.target, c.found, words[c.passed], c.detail] for c in claims(rows, reorderings)],
+    )
+
+
+def claim_lines(rows: Sequence[Row], reorderings: Sequence[Row]) -> list[str]:
+    """Return every claim as a line of text."""
+    from hbp_spmv.summary import claims
+
+    words = {True: "pass", False: "MISS", None: "not measured"}
+    return [
+        f"{words[c.passed]:<5} {c.text}: {c.found}, target {c.target}"
+        + (f"; below the line: {c.detail}" if c.detail else "")
+        for c in claims(rows, reorderings)
+    ]
+
+
+def machine_line(bandwidth: Sequence[tuple[int, float]]) -> str:
+    """Say what the figures were measured on."""
+    from tenfold_core.device import cpu_info, load_average
+
+    cpu, load = cpu_info(), load_average()
+    copies = ", ".join(f"{_size(size)} {rate:.0f}" for size, rate in bandwidth)
+    return (
+        f"{cpu.model}, {cpu.usable_cores} cores, load {load[0] if load else 0:.1f}; "
+        f"copy by one thread in GB/s: {copies}"
+    )
+
+
+def roofline(
+    path: str | Path,
+    rows: Sequence[Row],
+    bandwidth: Sequence[tuple[int, float]],
+    *,
+    dark: bool = False,
+) -> None:
+    """Draw GFLOP/s over arithmetic intensity, ours in the accent colour, under measured copies.
+
+    Args:
+        path: .svg, .png or .pdf.
+        rows: rows of a benchmark.
+        bandwidth: (working set in bytes, GB/s of one thread's copy), ascending.
+        dark: for a dark page.
+    """
+    shown = [row for row in rows if row["us"] and row["gflops"] and row["gbs"]]
+    if not shown:
+        raise InputError(f"{path}: nothing was measured that could be drawn")
+    threads = max(row["threads"] for row in shown)
+    markers = "osD^vP*XdhH<>p8"
+    names = list(dict.fromkeys(row["format"] for row in shown))
+    with figure(path, columns=2, aspect=0.6, dark=dark) as drawing:
+        axes = drawing.add_subplot(
+            xscale="log", yscale="log", xlabel="arithmetic intensity [flop/byte]", ylabel="GFLOP/s"
+        )
+        intensities = [row["gflops"] / row["gbs"] for row in shown]
+        ends = [min(intensities) / 1.2, max(intensities) * 1.2]
+        for size, rate in bandwidth:
+            top = threads * rate
+            axes.plot(ends, [top * end for end in ends], color=BASELINE, linewidth=0.6)
+            label = f"copy {_size(size)}, {top:.0f} GB/s"
+            axes.annotate(label, (ends[0], top * ends[0]), fontsize=6, color=BASELINE)
+        for place, name in enumerate(names):
+            ours = name == "auto" or name.startswith("hbp-")
+            part = [row for row in shown if row["format"] == name]
+            axes.plot(
+                [row["gflops"] / row["gbs"] for row in part],
+                [row["gflops"] for row in part],
+                linestyle="none", marker=markers[place % len(markers)], markersize=3.5,
+                color=ACCENT if ours else BASELINE, label=name,
+                markerfacecolor="none" if name.startswith("hbp-") else None,
+            )  # fmt: skip
+        axes.legend(fontsize=6, ncols=2, loc="lower right")
+
+
+def regenerate(folder: Positional[Path], *, check: bool = False) -> int:
+    """Rewrite the tables of a package from its committed results.
+
+    Args:
+        folder: The package's folder.
+        check: Change nothing, exit with 1 if a table differs.
+    """
+    results = folder / "benchmarks" / "results"
+    stale = []
+    for path in [folder / "README.md", *sorted(results.glob("*.md"))]:
+        if not path.exists():
+            continue
+        text = path.read_text(encoding="utf-8")
+        fresh = _BLOCK.sub(partial(_block, results, path), text)
+        if fresh == text:
+            continue
+        stale.append(path)
+        if not check:
+            with atomic_path(path) as temporary:
+                temporary.write_text(fresh, encoding="utf-8")
+    for path in stale:
+        what = "differs from the results; run 'make results'" if check else "rewritten"
+        print(f"{path}: {what}", file=sys.stderr)
+    return 1 if stale and check else 0
+
+
+def _block(results: Path, file: Path, block: re.Match[str]) -> str:
+    name = block[1]
+    folder, _, table = name.partition("/")
+    rows_file, reorder_file = results / folder / "rows.jsonl", results / folder / "reorder.jsonl"
+    for path in (rows_file, reorder_file):
+        if not path.exists():
+            raise InputError(
+                f"{file}: table {name!r} needs {path}, which is missing; run 'make bench'"
+            )
+    from tenfold_core.run.rows import read_jsonl
+
+    from hbp_spmv.output import read_rows
+
+    rows, reorderings = read_rows(rows_file), read_jsonl(reorder_file)
+    if table == "claims":
+        text = claim_table(rows, reorderings)
+    elif table == "reorder":
+        text = reorder_table(reorderings)
+    elif match := re.fullmatch(r"products-(f32|f64)-(\d+)", table):
+        dtype = {"f32": "float32", "f64": "float64"}[match[1]]
+        text = product_table(rows, dtype, int(match[2]))
+    else:
+        raise InputError(f"{file}: table {name!r}: expected claims, reorder or products-f64-1")
+    return f"<!-- results: {name} -->\n\n{text}\n\n<!-- /results -->"
+
+
+def _digits(value: float | None) -> str:
+    """Write a number with three significant digits and no exponent."""
+    if value is None:
+        return "-"
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.3g}" if value >= 0.001 else f"{value:.1g}"
+
+
+def _size(size: int) -> str:
+    return f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main("python -m hbp_spmv.report", regenerate, package="hbp-spmv"))
