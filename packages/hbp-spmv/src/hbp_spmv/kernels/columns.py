@@ -5,6 +5,8 @@ A row is walked once for every 32, 16, 8 or 1 columns, whose sums stay in regist
 a row are added in the same order as for one column, so a group's result has the same bits.
 """
 
+from functools import cache
+
 from numba import cfunc, literally, njit
 
 from hbp_spmv.kernels import compact, csr
@@ -181,6 +183,7 @@ def _compact_unit(
             )  # fmt: skip
 
 
+@cache
 def compact_columns_task(lanes: int, size: int, index_size: int, uniform: int):
     """Compile Y = alpha A X + beta Y for the compact layout; arguments as for `compact_task`."""
     stamp = sources_stamp()
@@ -217,6 +220,7 @@ def compact_columns_task(lanes: int, size: int, index_size: int, uniform: int):
     return task
 
 
+@cache
 def csr_columns_task(size: int, index_size: int, uniform: int):
     """Compile Y = alpha A X + beta Y for CSR; arguments as for `compact_task`."""
     stamp = sources_stamp()

@@ -8,6 +8,8 @@ reads there is a value and a column of the same matrix, and the mask discards th
 a padded product `0 * inf` cannot arise.
 """
 
+from functools import cache
+
 from numba import cfunc, literally, njit
 
 from hbp_spmv.kernels.pool import (
@@ -251,6 +253,7 @@ def _segments(
         _store_result(y, partial, rows, target, total, alpha, beta, size)
 
 
+@cache
 def compact_task(lanes: int, size: int, index_size: int, uniform: int, hardware: int):
     """Compile the product y = alpha A x + beta y for one matrix type.
 

@@ -4,6 +4,8 @@
 Four interleaved sums per row (one register), added in lane order, then the remainder of the row.
 """
 
+from functools import cache
+
 from numba import cfunc, literally, njit
 
 from hbp_spmv.kernels.pool import (
@@ -87,6 +89,7 @@ def _rows(plan, x, y, first, last, alpha, beta, lanes, size, index_size, uniform
             store_float(y, row, fma(alpha, total, beta * load_float(y, row, size)), size)
 
 
+@cache
 def csr_task(lanes: int, size: int, index_size: int, uniform: int, hardware: int, ahead: int = 0):
     """Compile y = alpha A x + beta y for CSR; arguments as for `compact_task`.
 

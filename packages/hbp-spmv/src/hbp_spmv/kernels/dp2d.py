@@ -5,6 +5,8 @@ Phase 0 runs over blocks in strip-major order and writes the dense buffer `mid`;
 strips of each row in order.
 """
 
+from functools import cache
+
 from numba import cfunc, literally, njit
 
 from hbp_spmv.kernels.pool import (
@@ -111,6 +113,7 @@ def _combine(plan, y, mid, row, size):
     store_float(y, row, total, size)
 
 
+@cache
 def grouped_task(size: int):
     """Compile y = A x for values of `size` bytes; a unit is a block, then a row."""
 

@@ -10,6 +10,8 @@ becomes the piece's carry. The carries are added afterwards in piece order.
 The pieces depend on the matrix alone, so the bits of y do not depend on the number of threads.
 """
 
+from functools import cache
+
 import numpy as np
 from numba import cfunc, literally, njit
 
@@ -138,6 +140,7 @@ def _fix_up(plan, y, carries, size):
             store_float(y, row, total, size)
 
 
+@cache
 def merge_task(lanes: int, size: int, index_size: int, ptr_size: int, hardware: int):
     """Compile y = A x along the merge path.
 

@@ -7,8 +7,9 @@ a shared queue from which idle workers draw by an atomic ticket (the competitive
 that is done with both helps the others. Which worker computes a chunk never changes a sum, so the
 result has the same bits for any number of threads.
 
-Workers are Python threads inside compiled code without the GIL. They spin for a fraction of a millisecond
-after a product, then sleep; the caller never waits for a sleeping worker, it does the work itself.
+Workers are Python threads inside compiled code without the GIL. They spin for a fraction of a
+millisecond after a product, then sleep; the caller never waits for a sleeping worker, it does the
+work itself.
 """
 
 import atexit

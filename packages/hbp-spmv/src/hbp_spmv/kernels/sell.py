@@ -10,6 +10,8 @@ step) discards what it computes, so `0 * inf` cannot enter a sum. SELL skips the
 in which no lane is padded.
 """
 
+from functools import cache
+
 import numpy as np
 from numba import cfunc, literally, njit
 
@@ -193,6 +195,7 @@ def _ell(plan, x, y, number, lanes, size, hardware):
             store_float(y, last + lane, vector_extract(tail, lane), size)
 
 
+@cache
 def sell_task(lanes: int, size: int, ell: int, hardware: int):
     """Compile y = A x for padded slices.
 
