@@ -18,12 +18,11 @@ from tenfold_core.errors import ConfigError
 
 from hbp_spmv.calibration import PREDICTED_ROWS, Calibration, load_calibration
 from hbp_spmv.config import BuildConfig
-from hbp_spmv.hashing import length_classes, place_classes, quality
-
 __all__ = ["Features", "Plan", "choose", "features", "predict", "select"]
 
 BUILD_PRODUCTS = 30
-"""A compact build costs about this many products, for the decision before any is timed."""
+"""A compact build costs about this many of its products on one thread (16 to 32 measured). The
+build itself is not timed for the decision: a process's first one also loads its kernels."""
 CLOSE = 1.6
 """Candidates predicted within this factor of the best are timed."""
 TIMED_PRODUCTS = 200
@@ -72,6 +71,8 @@ class Plan:
 
 def features(a: csr_array, lanes: int = 16) -> Features:
     """Describe a canonical CSR matrix."""
+    from hbp_spmv.hashing import length_classes, place_classes, quality
+
     rows, columns = a.shape
     lengths = np.diff(a.indptr)
     mean = a.nnz / max(rows, 1)
@@ -164,6 +165,8 @@ def choose(
     f = features(a, config.lanes or 16)
     predicted = predict(f, load_calibration(), threads=threads, size=a.dtype.itemsize)
     reasons = [_describe(f)]
+    serial = predict(f, load_calibration(), size=a.dtype.itemsize)
+    build_us = BUILD_PRODUCTS * serial["compact"]
     gain = predicted["csr"] - predicted["compact"]
     built: dict[str, Any] = {}
     build_ms: dict[str, float] = {}
@@ -178,8 +181,11 @@ def choose(
     best = min(predicted, key=predicted.__getitem__)
     close = [name for name in predicted if predicted[name] <= CLOSE * predicted[best]]
     timed: dict[str, float] = {}
-    if n_products <= TIMED_PRODUCTS and not tune:
-        pays = gain * n_products > BUILD_PRODUCTS * predicted["compact"]
+    if config.index == "u16" and f.wide:
+        format_ = "compact"
+        reasons.append("index='u16': only the compact layout stores columns as offsets")
+    elif n_products <= TIMED_PRODUCTS and not tune:
+        pays = gain * n_products > build_us
         format_ = "compact" if best == "compact" and pays else "csr"
         reasons.append(
             f"{n_products} products: the reordering "
@@ -195,7 +201,7 @@ def choose(
         }
         timed = _time(products, a)
         wins = timed["compact"] < TIE * timed["csr"]
-        pays = (timed["csr"] - timed["compact"]) * n_products > 1e3 * build_ms["compact"]
+        pays = (timed["csr"] - timed["compact"]) * n_products > build_us
         format_ = "compact" if wins and pays else "csr"
         reasons.append(
             f"timed: compact {timed['compact']:.1f} us, csr {timed['csr']:.1f} us"
