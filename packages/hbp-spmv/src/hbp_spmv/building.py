@@ -26,7 +26,8 @@ def canonical(a: Any, dtype: DTypeLike | None = None) -> csr_array:
     The caller's arrays are never changed.
 
     Raises:
-        InputError: `a` is not a sparse matrix, or an integer exceeds 2**53.
+        InputError: `a` is not a sparse matrix, its row starts or columns leave its shape, or an
+            integer exceeds 2**53.
     """
     if not issparse(a):
         from hbp_spmv.readers import read
@@ -35,10 +36,11 @@ def canonical(a: Any, dtype: DTypeLike | None = None) -> csr_array:
     if a.ndim != 2:
         raise InputError(f"matrix: expected 2 dimensions, got shape {a.shape}")
     a = csr_array(a)
+    _check_structure(a)
     target = np.dtype(dtype) if dtype is not None else _working_type(a.dtype)
     if target.name not in ("float32", "float64", "complex64", "complex128"):
         raise InputError(f"dtype: expected float32, float64 or complex, got {target.name}")
-    if a.dtype.kind in "iu" and a.nnz and int(np.abs(a.data.astype(np.float64)).max()) > 1 << 53:
+    if a.dtype.kind in "iu" and a.nnz and max(int(a.data.max()), -int(a.data.min())) > 1 << 53:
         raise InputError("matrix: an integer exceeds 2**53 and would be rounded; scale it first")
     if a.dtype.kind == "c" and target.kind != "c":
         raise InputError(f"dtype: {a.dtype.name} values do not fit {target.name}")
@@ -47,6 +49,21 @@ def canonical(a: Any, dtype: DTypeLike | None = None) -> csr_array:
         a = a.copy()
         a.sum_duplicates()
     return a
+
+
+def _check_structure(a: csr_array) -> None:
+    """Refuse arrays that would lead a kernel out of them; SciPy looks only at their lengths."""
+    ptr, rows = a.indptr, a.shape[0]
+    stored = min(len(a.indices), len(a.data))
+    if len(ptr) != rows + 1 or ptr[0] != 0 or ptr[-1] > stored or (ptr[1:] < ptr[:-1]).any():
+        raise InputError(
+            f"matrix: its row starts (indptr) do not ascend from 0 to at most {stored} entries"
+        )
+    a.prune()
+    low, high = (int(a.indices.min()), int(a.indices.max())) if a.nnz else (0, -1)
+    if low < 0 or high >= a.shape[1]:
+        outside = low if low < 0 else high
+        raise InputError(f"matrix: an entry has column {outside}, expected 0..{a.shape[1] - 1}")
 
 
 def _working_type(dtype: np.dtype) -> np.dtype:

@@ -17,7 +17,7 @@ from tenfold_core.errors import ConfigError, InputError
 from hbp_spmv.building import build_layout, canonical, kernels_work, workers_for
 from hbp_spmv.config import PAPER, BuildConfig
 from hbp_spmv.fallback import ScipyLayout
-from hbp_spmv.operands import accepts, as_operand
+from hbp_spmv.operands import accepts, as_factor, as_operand
 
 __all__ = ["HBPMatrix", "Stats", "from_csr"]
 
@@ -91,13 +91,15 @@ def from_csr(
     if block is not None:
         named["height"], named["width"] = block
     free = ("lanes", "sigma", "strips")  # "auto" is spelled None in BuildConfig
-    named = {n: None if v == "auto" and n in free else v for n, v in named.items()}
-    changes = {name: value for name, value in named.items() if value is not None}
-    try:
-        chosen = replace(config or BuildConfig(), **changes)
-    except TypeError:
-        unknown = sorted(set(changes) - set(BuildConfig.__dataclass_fields__))
-        raise ConfigError(f"from_csr: unknown setting {unknown[0]!r}; see BuildConfig") from None
+    unknown = sorted(set(named) - set(BuildConfig.__dataclass_fields__))
+    if unknown:
+        raise ConfigError(f"from_csr: unknown setting {unknown[0]!r}; see BuildConfig")
+    changes = {
+        name: None if value == "auto" and name in free else value
+        for name, value in named.items()
+        if value is not None
+    }
+    chosen = replace(config or BuildConfig(), **changes)
     if resolve(device).kind != "cpu":
         raise ConfigError(
             f"device={device!r}: this version multiplies on the CPU; use device='cpu'"
@@ -259,7 +261,7 @@ class HBPMatrix:
             return self @ x
         direct = self._plain(x, self.shape[1]) and self._plain(out, self.shape[0])
         if direct and out is not None and out.flags.writeable and not np.may_share_memory(out, x):
-            self._single(x, out, float(alpha), float(beta))
+            self._single(x, out, self._factor("alpha", alpha), self._factor("beta", beta))
             return out
         return self._multiply(x, out, alpha, beta)
 
@@ -280,10 +282,13 @@ class HBPMatrix:
         if type(x).__module__.partition(".")[0] == "torch":
             return self._multiply_torch(x, out, alpha, beta)
         x = as_operand(x, self.shape[1], self.dtype)
-        if x.dtype.kind == "c" and self.dtype.kind != "c":
-            return self._multiply_complex(x, out, alpha, beta)
+        alpha, beta = self._factor("alpha", alpha), self._factor("beta", beta)
         shape = (self.shape[0], *x.shape[1:])
-        direct = accepts(out, shape, self.dtype) and not np.may_share_memory(out, x)
+        direct = accepts(out, shape, x.dtype) and not np.may_share_memory(out, x)
+        if x.dtype.kind == "c" and self.dtype.kind != "c":
+            return self._add_to(out, self._multiply_complex(x, alpha), beta)
+        if out is not None and out.dtype.kind != self.dtype.kind:
+            return self._add_to(out, self._multiply(x, None, alpha), beta)
         if out is not None and direct:
             y = out
         elif out is not None and beta != 0:
@@ -291,25 +296,29 @@ class HBPMatrix:
         else:
             y = np.empty(shape, self.dtype)
         if x.ndim == 1:
-            self._single(x, y, float(alpha), float(beta))
+            self._single(x, y, alpha, beta)
         else:
-            self._matrix_product(x, y, float(alpha), float(beta))
+            self._matrix_product(x, y, alpha, beta)
         if out is None or direct:
             return y
         out[...] = y
         return out
 
-    def _multiply_complex(self, x: NDArray, out: NDArray | None, alpha: float, beta: float) -> Any:
+    def _factor(self, name: str, value: Any) -> Any:
+        return value if type(value) is float else as_factor(name, value, self.dtype)
+
+    def _multiply_complex(self, x: NDArray, alpha: float) -> NDArray:
         """Multiply a complex operand by a real matrix: real and imaginary part are two columns."""
-        shape = (self.shape[0], *x.shape[1:])
-        pairs = x.view(self.dtype).reshape(self.shape[1], -1)
-        y = np.empty((self.shape[0], pairs.shape[1]), self.dtype)
-        self._matrix_product(pairs, y, float(alpha), 0.0)
-        result = y.view(x.dtype).reshape(shape)
+        columns = 2 * (x.shape[1] if x.ndim == 2 else 1)
+        y = np.empty((self.shape[0], columns), self.dtype)
+        self._matrix_product(x.view(self.dtype).reshape(self.shape[1], columns), y, alpha, 0.0)
+        return y.view(x.dtype).reshape(self.shape[0], *x.shape[1:])
+
+    @staticmethod
+    def _add_to(out: NDArray | None, result: NDArray, beta: float) -> NDArray:
+        """Return `result`, or write `result + beta * out` to a complex `out`."""
         if out is None:
             return result
-        if out.shape != shape or out.dtype.kind != "c":
-            raise InputError(f"out: expected complex of shape {shape}, got {out.dtype} {out.shape}")
         out[...] = result if beta == 0 else result + beta * out
         return out
 
@@ -352,7 +361,10 @@ class HBPMatrix:
     def T(self) -> "HBPMatrix":
         """The transposed matrix, built on first use and kept."""
         if self._transposed is None:
-            config = replace(self.config, layout=_rebuild_layout(self.layout), keep_perm=False)
+            # Columns become rows: 16-bit indices may no longer reach.
+            index = "auto" if self.config.index == "u16" else self.config.index
+            layout = _rebuild_layout(self.layout)
+            config = replace(self.config, layout=layout, keep_perm=False, index=index)
             built = from_csr(self.to_csr().T.tocsr(), config=config, threads=self.threads)
             built._transposed = self
             self._transposed = built
@@ -374,8 +386,9 @@ class HBPMatrix:
         return result
 
     def astype(self, dtype: DTypeLike) -> "HBPMatrix":
-        """Return the matrix in another type, rebuilt in the same layout."""
-        return self._rebuilt(self.to_csr(), dtype=dtype)
+        """Return the matrix in another type, rebuilt in the same layout; complex takes SciPy's."""
+        settings = {"layout": "auto"} if np.dtype(dtype).kind == "c" else {}
+        return self._rebuilt(self.to_csr(), dtype=dtype, **settings)
 
     def to_paper(self, **settings: Any) -> "HBPMatrix":
         """Return the matrix in the published layout."""

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tenfold_core.errors import InputError
 
-__all__ = ["accepts", "as_operand"]
+__all__ = ["accepts", "as_factor", "as_operand"]
 
 
 def as_operand(x: Any, columns: int, dtype: np.dtype) -> NDArray:
@@ -32,11 +32,25 @@ def as_operand(x: Any, columns: int, dtype: np.dtype) -> NDArray:
     if x.dtype.kind == "c" and dtype.kind != "c":
         target = np.dtype(np.complex64 if dtype == np.float32 else np.complex128)
     if x.dtype.kind in "fc" and np.finfo(x.dtype).eps < np.finfo(target).eps:
+        finer = np.finfo(x.dtype).dtype.name
+        remedy = f", or build with dtype={finer!r}" if finer == "float64" else ""
         raise InputError(
-            f"x has dtype {x.dtype}, the matrix {dtype}: digits would be lost; convert x, "
-            f"or build with dtype={np.finfo(x.dtype).dtype.name!r}"
+            f"x has dtype {x.dtype}, the matrix {dtype}: digits would be lost; convert x{remedy}"
         )
     return np.ascontiguousarray(x, target)
+
+
+def as_factor(name: str, value: complex, dtype: np.dtype) -> complex:
+    """Return alpha or beta as a Python number of the matrix's kind.
+
+    Raises:
+        InputError: a complex factor for a real matrix.
+    """
+    if dtype.kind == "c":
+        return complex(value)
+    if np.iscomplexobj(value):
+        raise InputError(f"{name} is {value}, expected a real number for a matrix of {dtype}")
+    return float(value)
 
 
 def accepts(out: NDArray | None, shape: tuple[int, ...], dtype: np.dtype) -> bool:
@@ -47,8 +61,10 @@ def accepts(out: NDArray | None, shape: tuple[int, ...], dtype: np.dtype) -> boo
     """
     if out is None:
         return False
-    if not isinstance(out, np.ndarray) or out.shape != shape:
-        raise InputError(f"out has shape {np.shape(out)}, expected {shape}")
+    if not isinstance(out, np.ndarray):
+        raise InputError(f"out is a {type(out).__name__}, expected a NumPy array of shape {shape}")
+    if out.shape != shape:
+        raise InputError(f"out has shape {out.shape}, expected {shape}")
     if not out.flags.writeable:
         raise InputError("out is read-only; pass a writable array")
     if not np.can_cast(dtype, out.dtype, "same_kind"):

@@ -18,6 +18,7 @@ from tenfold_core.errors import ConfigError
 
 from hbp_spmv.calibration import PREDICTED_ROWS, Calibration, load_calibration
 from hbp_spmv.config import BuildConfig
+
 __all__ = ["Features", "Plan", "choose", "features", "predict", "select"]
 
 BUILD_PRODUCTS = 30
