@@ -131,6 +131,8 @@ def run(
     if resume and out is None:
         raise ConfigError("--resume: nothing to resume without --out")
     formats, left_out = resolve_formats(config.formats)
+    if len(sources) == 1:  # one that cannot be read is told before anything is measured
+        sources = [_loaded(sources[0])]
     for text in left_out:
         say(f"left out: {text}")
     _warn_if_busy(say)
@@ -156,6 +158,11 @@ def run(
     return result
 
 
+def _loaded(source: Source) -> Source:
+    a = source.load()
+    return Source(source.name, lambda: a, source.identity)
+
+
 def _measure(
     sources: Sequence[Source],
     config: BenchConfig,
@@ -176,12 +183,11 @@ def _measure(
             result.notes.append(f"stopped before {source.name}: the limit on time was reached")
             say(result.notes[-1])
             return
-        say(f"{source.name} ({number} of {len(sources)})")
+        if len(sources) > 1:
+            say(f"{source.name} ({number} of {len(sources)})")
         try:
             subject = Subject(source.name, source.load(), config.protocol)
         except TenfoldError as error:
-            if len(sources) == 1:
-                raise
             result.unread.append(str(error))
             continue
         if config.reorder and source.name not in ordered:

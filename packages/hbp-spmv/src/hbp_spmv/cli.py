@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from tenfold_core.errors import ConfigError
+from tenfold_core.errors import ConfigError, TenfoldError
 from tenfold_core.run.cli import Positional, option
 from tenfold_core.run.cli import main as run_command
 
@@ -269,7 +269,10 @@ def verify(
         from hbp_spmv.readers import read
 
         source = read(against, **reading.options())
-    found = verify_matrix(matrix, source, trials=trials, seed=seed)
+    try:
+        found = verify_matrix(matrix, source, trials=trials, seed=seed)
+    except TenfoldError as error:
+        raise type(error)(f"{file}: {error}") from None
     facts = {"file": file, "against": against or "its own entries", **asdict(found)}
     _print_facts(facts | {"verdict": "within the bound"}, as_json)
 

@@ -168,7 +168,9 @@ def resolve_formats(names: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
         elif name.casefold() in known:
             wanted, named = (known[name.casefold()],), bool(names)
         else:
-            raise ConfigError(f"formats: {name!r} is not known, expected all, {', '.join(known)}")
+            raise ConfigError(
+                f"formats: {name!r} is not known, expected all, {', '.join(known.values())}"
+            )
         for format_ in wanted:
             reason = BASELINES[format_].probe() if format_ in BASELINES else None
             if reason and named:
