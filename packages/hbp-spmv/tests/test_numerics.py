@@ -100,7 +100,7 @@ def test_complex_matrices_keep_their_error_bound(dtype):
         matrix = CSR(real.shape, real.indptr, real.indices, data)
         x = standard_normal(matrix.shape[1], dtype)
         built = from_csr(matrix.to_scipy())
-        assert built.layout == "scipy"
+        assert built.layout == "csr"
         if np.isfinite(np.abs(data).astype(np.finfo(dtype).dtype)).all():
             y = built @ x
             assert y.dtype == dtype

@@ -73,26 +73,36 @@ def _working_type(dtype: np.dtype) -> np.dtype:
 
 
 def all_equal(values: NDArray) -> bool:
-    """Tell whether one stored value can stand for all; zeros of both signs are not equal."""
-    if values.size < 2 or not (values == values[0]).all():
+    """Tell whether one stored value can stand for all: their bits are compared, so 0 is not -0."""
+    if values.size < 2:
         return False
-    return bool(values[0] != 0 or np.ptp(np.signbit(values).view(np.int8)) == 0)
+    bits = values.view(f"u{values.real.itemsize}").reshape(values.size, -1)
+    return bool((bits == bits[0]).all())
 
 
 def build_layout(matrix: csr_array, config: BuildConfig) -> Any:
-    """Build one layout from canonical CSR; complex values and hosts without numba get SciPy's."""
-    if matrix.dtype.kind == "c" or not kernels_work():
-        if config.layout in ("paper", "compact"):
-            reason = "complex values" if matrix.dtype.kind == "c" else "numba does not work here"
+    """Build one layout from canonical CSR; complex values are stored by rows.
+
+    Raises:
+        ConfigError: a grouped layout was asked for complex values.
+        MissingExtraError: a layout was asked for by name that needs compiled kernels.
+    """
+    if matrix.dtype.kind == "c" and config.layout in ("paper", "compact"):
+        raise ConfigError(
+            f"layout={config.layout!r}: expected real values, got {matrix.dtype}; use layout='auto'"
+        )
+    if not kernels_work():
+        if config.layout != "auto":
             raise MissingExtraError(
-                f"layout={config.layout!r} is not available ({reason}); use layout='auto'"
+                f"layout={config.layout!r} needs compiled kernels, and numba does not work here; "
+                "use layout='auto'"
             )
         return ScipyLayout(matrix)
     if config.layout == "paper":
         from hbp_spmv.method import PaperLayout
 
         return PaperLayout.from_csr(matrix, config)
-    if config.layout == "csr":
+    if config.layout == "csr" or matrix.dtype.kind == "c":
         from hbp_spmv.rowgather import RowLayout
 
         return RowLayout.from_csr(matrix, config)

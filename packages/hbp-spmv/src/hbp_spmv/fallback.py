@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What remains without compiled kernels (complex values, no numba): CSR multiplied by SciPy."""
+"""What remains on a host without compiled kernels: CSR multiplied by SciPy."""
 
 from dataclasses import dataclass
 

@@ -259,9 +259,11 @@ class HBPMatrix:
             raise InputError(f"beta={beta}: expected an out array to scale")
         if out is None and alpha == 1:
             return self @ x
+        alpha, beta = self._factor("alpha", alpha), self._factor("beta", beta)
         direct = self._plain(x, self.shape[1]) and self._plain(out, self.shape[0])
+        direct = direct and type(alpha) is float and type(beta) is float
         if direct and out is not None and out.flags.writeable and not np.may_share_memory(out, x):
-            self._single(x, out, self._factor("alpha", alpha), self._factor("beta", beta))
+            self._single(x, out, alpha, beta)
             return out
         return self._multiply(x, out, alpha, beta)
 
@@ -282,11 +284,12 @@ class HBPMatrix:
         if type(x).__module__.partition(".")[0] == "torch":
             return self._multiply_torch(x, out, alpha, beta)
         x = as_operand(x, self.shape[1], self.dtype)
-        alpha, beta = self._factor("alpha", alpha), self._factor("beta", beta)
         shape = (self.shape[0], *x.shape[1:])
         direct = accepts(out, shape, x.dtype) and not np.may_share_memory(out, x)
         if x.dtype.kind == "c" and self.dtype.kind != "c":
             return self._add_to(out, self._multiply_complex(x, alpha), beta)
+        if isinstance(alpha, complex) or isinstance(beta, complex):
+            return self._add_to(out, alpha * self._multiply(x), beta)
         if out is not None and out.dtype.kind != self.dtype.kind:
             return self._add_to(out, self._multiply(x, None, alpha), beta)
         if out is not None and direct:
@@ -338,7 +341,7 @@ class HBPMatrix:
         columns = x.shape[1]
         if columns == 0:
             return
-        if self.layout == "paper":
+        if self.layout == "paper" or self.dtype.kind == "c":
             for column in range(columns):
                 part = np.ascontiguousarray(y[:, column])
                 self._single(np.ascontiguousarray(x[:, column]), part, alpha, beta)

@@ -81,7 +81,7 @@ class PaperLayout:
         lanes = config.lanes or 32
         if rows * strips >= 1 << 31 or columns >= 1 << 31:
             raise InputError(
-                f"matrix of shape {a.shape}: layout 'paper' would need {rows * strips} dense slots, "
+                f"matrix of shape {a.shape}: layout 'paper' needs {rows * strips} dense slots, "
                 "its limit is 2**31; use layout='compact'"
             )
         heights = _heights(rows, config.height)

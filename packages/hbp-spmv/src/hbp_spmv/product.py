@@ -91,11 +91,14 @@ def task_of(layout: Any, kind: str, size: int) -> Any:
     """
     from hbp_spmv.calibration import hardware_gather
     from hbp_spmv.kernels import columns, compact, csr, paper
+    from hbp_spmv.kernels.complex import complex_task
 
     name = type(layout).__name__
     if name == "PaperLayout":
         return paper.paper_task(size)
     variant = (size, layout.col.dtype.itemsize, int(layout.uniform))
+    if layout.val.dtype.kind == "c":
+        return complex_task(size // 2, *variant[1:])
     if kind == "columns":
         if name == "RowLayout":
             return columns.csr_columns_task(*variant)

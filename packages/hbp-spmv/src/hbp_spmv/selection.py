@@ -245,10 +245,11 @@ def select(
         raise ConfigError(f"device={device!r}: this version multiplies on the CPU")
     matrix = canonical(a)
     if matrix.dtype.kind == "c" or not kernels_work():
-        reason = "complex values" if matrix.dtype.kind == "c" else "numba does not work here"
+        compiled = kernels_work()
+        reason = "complex values: by rows" if compiled else "numba does not work here: SciPy"
         return Plan(
-            format="scipy", params={}, predicted_us={}, timed_us={}, build_ms={},
-            reasons=(f"{reason}: SciPy multiplies",),
+            format="csr" if compiled else "scipy", params={}, predicted_us={}, timed_us={},
+            build_ms={}, reasons=(reason,),
         )  # fmt: skip
     workers = workers_for(threads, matrix.nnz)
     chosen = config or BuildConfig()

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
-from tenfold_core.errors import CheckpointError, InputError, TenfoldError
+from tenfold_core.errors import CheckpointError, InputError, MissingExtraError, TenfoldError
 from tenfold_core.run.checkpoint import load_tensors, save_tensors
 
-from hbp_spmv.building import workers_for
+from hbp_spmv.building import kernels_work, workers_for
 from hbp_spmv.config import BuildConfig
 from hbp_spmv.fallback import ScipyLayout
 from hbp_spmv.matrix import HBPMatrix
@@ -38,7 +38,7 @@ def save(matrix: HBPMatrix, path: str | os.PathLike[str]) -> None:
     """
     stored = matrix._stored
     arrays = dict(stored.arrays())
-    if matrix.layout == "scipy" and matrix.dtype == np.complex128:
+    if matrix.dtype == np.complex128:  # a type that safetensors does not know
         arrays["val"] = arrays["val"].view(np.float64).reshape(-1, 2)
     if stored.perm is not None:
         arrays["perm"] = stored.perm
@@ -70,11 +70,12 @@ def load(
 
     Raises:
         CheckpointError: the file is truncated, damaged or not consistent; the text names the field.
+        MissingExtraError: the layout needs numba, and it does not work here.
     """
     arrays, metadata = load_tensors(path, mmap=mmap, verify=verify)
     header = _header(path, metadata)
     layout = header.get("layout")
-    if layout not in _SCALARS:
+    if not isinstance(layout, str) or layout not in _SCALARS:
         raise CheckpointError(
             f"{path}: layout is {layout!r}, expected one of {', '.join(_SCALARS)}"
         )
@@ -87,6 +88,10 @@ def load(
         config = BuildConfig(**header.get("config", {}))
     except (TypeError, TenfoldError) as error:
         raise CheckpointError(f"{path}: field 'config' is not valid ({error})") from None
+    if layout != "scipy" and not kernels_work():
+        raise MissingExtraError(f"{path}: layout {layout!r} needs numba, which does not work here")
+    if dtype == "complex128" and "val" in arrays:
+        arrays["val"] = _paired(path, arrays["val"])
     stored = _CHECKS[layout](_Fields(path, arrays, shape, np.dtype(dtype), scalars))
     workers = workers_for(threads, stored.nnz)
     return HBPMatrix(stored, config, np.dtype(dtype), workers)
@@ -112,6 +117,16 @@ def _ints(path: Any, header: dict[str, Any], name: str, count: int) -> tuple[int
     if not good or not all(type(item) is int and 0 <= item < 1 << 62 for item in items):
         raise CheckpointError(f"{path}: field {name!r} is {value!r}, expected {count} size(s)")
     return tuple(items)
+
+
+def _paired(path: Any, val: NDArray) -> NDArray:
+    """Return complex128 values that are stored as pairs of float64."""
+    if val.dtype != np.float64 or val.ndim != 2 or val.shape[1] != 2:
+        raise CheckpointError(
+            f"{path}: array 'val' is {val.dtype} {val.shape}, expected float64 (nnz, 2); "
+            "the file is damaged, make it again"
+        )
+    return np.ascontiguousarray(val).view(np.complex128).ravel()
 
 
 class _Fields:
@@ -177,6 +192,7 @@ def _compact(file: _Fields) -> Any:
 
     s, (rows, columns) = file.scalars, file.shape
     nnz, lanes = s["nnz"], s["lanes"]
+    file.real()
     file.require(lanes in (4, 8, 16, 32), "lanes", lanes, "4, 8, 16 or 32")
     a: Any = {name: file.take(name, (dtype,), None) for name, dtype in ARRAYS.items()}
     groups = len(a["group_base"])
@@ -193,18 +209,27 @@ def _compact(file: _Fields) -> Any:
     file.require(a["split_start"].size == splits + 1, "split_start", "cut", splits + 1)
     partials = int(a["split_start"][-1])
     file.ascending("split_start", a["split_start"], partials)
+    filled = bool((np.diff(a["split_start"]) > 0).all())
+    file.require(filled, "split_start", "without sums for a row", "at least one for each")
     col = file.take("col", (np.uint16, np.uint32), nnz + lanes)
     val = file.values("val", nnz + lanes)
     lengths = a["lengths"].reshape(-1, lanes)
     sorted_rows = bool((lengths[:, 1:] <= lengths[:, :-1]).all()) and bool((lengths >= 0).all())
-    sums = lengths.sum(axis=1, dtype=np.int64)
+    sizes = lengths.sum(axis=1, dtype=np.int64)
     file.require(sorted_rows, "lengths", "not descending in a group", "descending")
-    file.require(bool((sums == np.diff(a["start"])).all()), "lengths", "not the starts'", "equal")
+    file.require(bool((sizes == np.diff(a["start"])).all()), "lengths", "not the starts'", "equal")
     file.require(not groups or bool((lengths[:, 0] > 0).all()), "lengths", "empty group", "rows")
-    targets = np.concatenate([a["targets"][a["lengths"] > 0], a["segment_target"]])
-    written = np.concatenate([targets.astype(np.int64), a["empty_rows"], a["split_rows"]])
-    once = np.array_equal(np.sort(written), np.arange(rows + partials))
-    file.require(once, "targets", "not every row once", f"each of {rows} rows written once")
+    written = {"targets": a["targets"][a["lengths"] > 0]}
+    written |= {name: a[name] for name in ("segment_target", "empty_rows", "split_rows")}
+    sums = rows + partials
+    # Without strips a group is written straight to y, as the other rows always are.
+    straight = ("empty_rows", "split_rows", *(() if s["strips"] else ("targets",)))
+    for name, array in written.items():
+        file.below(name, array, rows if name in straight else sums)
+    count = sum(array.size for array in written.values())
+    file.require(count == sums, "targets", f"{count} with the others", f"{sums} for {rows} rows")
+    once = np.sort(np.concatenate([array.astype(np.int64) for array in written.values()]))
+    file.require((once == np.arange(sums)).all(), "targets", "repeated", "each sum written once")
     worst = check_groups(
         a["start"], lanes, a["group_base"], a["segment_start"], a["segment_base"], col
     )
@@ -220,6 +245,8 @@ def _perm(file: _Fields) -> NDArray | None:
     nnz = file.scalars["nnz"]
     perm = file.take("perm", (np.int64,), nnz)
     file.below("perm", perm, max(nnz, 1))
+    once = bool((np.bincount(perm, minlength=nnz) == 1).all())
+    file.require(once, "perm", "repeating a position", "a permutation")
     return perm
 
 
@@ -242,8 +269,9 @@ def _paper(file: _Fields) -> Any:
     begin_ptr = file.take("begin_ptr", (np.int32, np.int64), None).astype(np.int64)
     file.ascending("begin_ptr", begin_ptr, nnz)
     file.below("col", col, max(columns, 1))
+    walked = rows if slots else 0
     fault = check_paper(
-        rows, s["height"], strips, s["lanes"], begin_ptr, zero_row, output_hash, add_sign
+        walked, s["height"], strips, s["lanes"], begin_ptr, zero_row, output_hash, add_sign
     )
     names = ("", "begin_ptr", "output_hash", "zero_row", "add_sign")
     file.require(fault == 0, names[fault], "not consistent", "the published layout")
@@ -292,10 +320,6 @@ def _scipy(file: _Fields) -> Any:
     file.below("col", col, max(file.shape[1], 1))
     val: Any = file.arrays.get("val")
     file.require(val is not None, "val", "missing", "present")
-    if file.dtype == np.complex128:
-        paired = val.dtype == np.float64 and val.shape == (col.size, 2)
-        file.require(paired, "val", f"{val.dtype} {val.shape}", f"float64 ({col.size}, 2)")
-        val = np.ascontiguousarray(val).view(np.complex128).ravel()
     file.require(val.shape == (col.size,), "val", f"of shape {val.shape}", f"({col.size},)")
     file.require(val.dtype == file.dtype, "val", val.dtype, file.dtype)
     return ScipyLayout(csr_array((val, col, ptr), shape=file.shape))

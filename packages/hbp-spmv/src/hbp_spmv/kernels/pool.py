@@ -42,6 +42,7 @@ PLAN_LAYOUT = 8
 JOB_EPOCH, JOB_ACTIVE, JOB_OPEN, JOB_TICKETS = 0, 8, 16, 64
 JOB_PLAN, JOB_X, JOB_Y, JOB_PARTIAL, JOB_ALPHA, JOB_BETA = 24, 25, 26, 27, 28, 29
 JOB_COLUMNS, JOB_PHASE, JOB_WORKERS = 30, 31, 32
+JOB_ALPHA_IMAGINARY, JOB_BETA_IMAGINARY = 33, 34  # complex matrices only
 JOB_PARKED = JOB_TICKETS + 8 * (MAX_WORKERS + 1)
 JOB_SIZE = JOB_PARKED + 8 * MAX_WORKERS
 
@@ -84,9 +85,7 @@ def _run_phases(job, plan, workers):
 
 @njit(nogil=True)
 def _describe(job, plan, x, y, partial, alpha, beta, columns):
-    scalars = np.empty(2)
-    scalars[0] = alpha
-    scalars[1] = beta
+    scalars = np.array([alpha.real, beta.real, alpha.imag, beta.imag])
     bits = scalars.view(np.int64)
     job[JOB_PLAN] = plan.ctypes.data
     job[JOB_X] = x.ctypes.data
@@ -94,6 +93,8 @@ def _describe(job, plan, x, y, partial, alpha, beta, columns):
     job[JOB_PARTIAL] = partial.ctypes.data
     job[JOB_ALPHA] = bits[0]
     job[JOB_BETA] = bits[1]
+    job[JOB_ALPHA_IMAGINARY] = bits[2]
+    job[JOB_BETA_IMAGINARY] = bits[3]
     job[JOB_COLUMNS] = columns
     job[JOB_WORKERS] = plan[PLAN_WORKERS]
 
