@@ -94,7 +94,7 @@ def from_csr(
     unknown = sorted(set(named) - set(BuildConfig.__dataclass_fields__))
     if unknown:
         raise ConfigError(f"from_csr: unknown setting {unknown[0]!r}; see BuildConfig")
-    changes = {
+    changes: dict[str, Any] = {
         name: None if value == "auto" and name in free else value
         for name, value in named.items()
         if value is not None
