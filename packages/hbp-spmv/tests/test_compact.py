@@ -257,10 +257,16 @@ def test_zeros_of_both_signs_are_not_equal_values():
         assert_array_equal(np.signbit(back), [False, True, False])
 
 
-def test_nan_values_are_kept_and_not_merged():
+def test_nan_values_are_kept():
     a = csr_array((np.full(3, np.nan), [0, 1, 2], [0, 1, 2, 3]), shape=(3, 3))
     assert np.isnan(build(a).to_csr().data).all()
     assert np.isnan(build(a) @ np.ones(3)).all()
+
+
+def test_complex_values_that_differ_in_a_sign_are_not_equal():
+    values = np.array([complex(1, 0.0), complex(1, -0.0)])
+    back = from_csr(csr_array((values, [0, 1], [0, 1, 2]), shape=(2, 2))).to_csr().data
+    assert_array_equal(np.signbit(back.imag), [False, True])
 
 
 @pytest.mark.parametrize("layout", ["compact", "paper", "csr"])

@@ -321,6 +321,39 @@ def test_several_columns_have_the_bits_of_one_where_no_row_is_cut(settings):
         assert y[:, column].tobytes() == single.tobytes()
 
 
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+@pytest.mark.parametrize("equal", [False, True])
+def test_complex_products_have_the_same_bits_for_threads_columns_and_repeats(
+    dtype, equal, several_workers
+):
+    a = (rich() * (1 - 0.5j)).astype(dtype)
+    a.data[:] = 1 - 2j if equal else a.data
+    x = standard_normal((6000, 3), dtype)
+    old = standard_normal((700, 3), dtype, seed=9)
+    built = from_csr(a, threads=1)
+    assert built.stats.uniform == equal
+    y = built @ x
+    scaled = built.matvec(x, old.copy(), alpha=0.3, beta=-1.7)
+    for threads in (2, 3):
+        bound = built.with_threads(threads)
+        for _ in range(20):
+            assert (bound @ x).tobytes() == y.tobytes()
+        assert bound.matvec(x, old.copy(), alpha=0.3, beta=-1.7).tobytes() == scaled.tobytes()
+    for column in range(3):
+        single = built @ np.ascontiguousarray(x[:, column])
+        assert single.tobytes() == y[:, column].tobytes()
+
+
+def test_a_special_value_in_a_complex_operand_touches_its_rows():
+    a = csr_array(rich() * (1 - 0.5j))
+    built = from_csr(a)
+    for column in (0, 2999, 5999):
+        x = standard_normal(6000, "complex128")
+        x[column] = complex(1, np.nan)
+        touched = np.repeat(np.arange(700), np.diff(a.indptr))[a.indices == column]
+        assert_array_equal(np.flatnonzero(~np.isfinite(built @ x)), touched)
+
+
 def test_complex_operands_are_two_real_ones():
     built, z = from_csr(rich()), standard_normal((6000, 2), "complex128")
     y = built @ z

@@ -41,16 +41,16 @@ def as_operand(x: Any, columns: int, dtype: np.dtype) -> NDArray:
 
 
 def as_factor(name: str, value: complex, dtype: np.dtype) -> complex:
-    """Return alpha or beta as a Python number of the matrix's kind.
+    """Return alpha or beta as a Python number, a float unless its imaginary part needs more.
 
     Raises:
         InputError: a complex factor for a real matrix.
     """
-    if dtype.kind == "c":
-        return complex(value)
-    if np.iscomplexobj(value):
+    if not np.iscomplexobj(value):
+        return float(value)
+    if dtype.kind != "c":
         raise InputError(f"{name} is {value}, expected a real number for a matrix of {dtype}")
-    return float(value)
+    return complex(value) if value.imag else float(value.real)
 
 
 def accepts(out: NDArray | None, shape: tuple[int, ...], dtype: np.dtype) -> bool:
