@@ -2,6 +2,7 @@
 """The benchmark: what a row says, and that no interruption loses or repeats one."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hbp_spmv import bench, calibration, evaluate
+from hbp_spmv import bench, calibration, evaluate, turns
 from hbp_spmv.baselines import BASELINES, Baseline, Operator
 from hbp_spmv.bench import BenchConfig, demo_config, run
 from hbp_spmv.cli import main
@@ -116,11 +117,10 @@ def test_matrices_of_extreme_shape_are_measured(a):
 
 def test_a_complex_matrix_is_measured_where_a_format_takes_it():
     a = csr_array(stencil5(8) * (1 + 2j))
-    rows = {row["format"]: row for row in measure(a, ("auto", "csr-scipy", "hbp-compact"))}
+    rows = {row["format"]: row for row in measure(a, ("auto", "csr-scipy", "sell"))}
     assert rows["auto"]["dtype"] == "complex128"
-    assert rows["auto"]["layout"] == "scipy"
     assert rows["auto"]["error"] is None
-    assert "complex" in rows["hbp-compact"]["error"]
+    assert "complex128" in rows["sell"]["error"]
 
 
 def test_infinite_values_are_measured():
@@ -164,8 +164,8 @@ def test_libraries_with_their_own_threads_take_turns(monkeypatch):
         groups.append((sorted(calls), settings["repeats"]))
         return real(calls, **settings)
 
-    real = evaluate.measure_many
-    monkeypatch.setattr(evaluate, "measure_many", record)
+    real = turns.measure_many
+    monkeypatch.setattr(turns, "measure_many", record)
     monkeypatch.setattr(evaluate, "OPENMP", ("csr-scipy",))
     rows = measure(stencil5(20), threads=2, protocol=replace(QUICK, repeats=12))
     ours = ["auto", "hbp-csr"]
@@ -173,6 +173,27 @@ def test_libraries_with_their_own_threads_take_turns(monkeypatch):
         ["csr-scipy"], ours, ours, ["csr-scipy"], ["csr-scipy"], ours, ours, ["csr-scipy"],
     ]  # fmt: skip
     assert {row["samples"] for row in rows} == {12}
+
+
+def test_a_turn_is_repeated_while_others_are_running(monkeypatch):
+    others = iter([0.9, 0.8, 0.0, 0.7])
+    monkeypatch.setattr(turns._Meter, "foreign_cores", lambda self: next(others))
+    calls = {"f": lambda: None}
+    samples, foreign = turns.time_in_turns([calls], min_time_s=0, repeats=5, retries=2)
+    assert (len(samples["f"]), foreign) == (5, 0.0)
+    samples, foreign = turns.time_in_turns([calls], min_time_s=0, repeats=5)
+    assert (len(samples["f"]), foreign) == (5, 0.7)
+
+
+def test_the_processor_time_of_others_is_counted(monkeypatch, tmp_path):
+    stat = tmp_path / "stat"
+    monkeypatch.setattr(turns, "_STAT", stat)
+    assert turns._busy_s() is None
+    # user, nice, system, idle, iowait, irq, softirq, steal, guest
+    stat.write_text("cpu  300 20 30 9999 777 5 5 40 8\ncpu0 1\n", encoding="ascii")
+    assert turns._busy_s() == 400 / os.sysconf("SC_CLK_TCK")
+    stat.write_text("", encoding="ascii")
+    assert turns._Meter().foreign_cores() is None
 
 
 def test_formats_are_resolved_in_order_and_scipy_is_always_there():

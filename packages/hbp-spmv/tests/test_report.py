@@ -95,6 +95,12 @@ def test_the_verdict_says_plainly_when_hbp_loses():
     assert "fastest of all: sell, 2.00x as fast as auto" in line
 
 
+def test_the_verdict_warns_of_other_processes():
+    lines = verdict(case(foreign_cores=0.84))
+    assert lines[0] == "other processes used 0.8 cores meanwhile: do not trust this table"
+    assert len(verdict(case(foreign_cores=0.02))) == 1
+
+
 def test_the_verdict_tells_every_failure():
     failed = [failed_row("auto", "a: b"), row("csr-scipy", 40.0)]
     assert verdict(failed) == ["auto failed: a: b"]

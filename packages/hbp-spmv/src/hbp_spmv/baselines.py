@@ -7,7 +7,7 @@ Every entry of `BASELINES` turns a canonical CSR matrix into an `Operator`. All 
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,9 @@ class Operator:
     """`multiply(x, y)` writes A x to y; both contiguous and of the matrix's type."""
     matvec: Callable[[NDArray], NDArray]
     """`matvec(x)` returns A x the way a user of that library would ask for it."""
+    bind: Callable[[NDArray], Callable[[], Any]] | None = None
+    """`bind(x)` returns the product of an x that is already the library's own array, if that is not
+    a NumPy one; converting it at every product costs torch 2 us."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +172,8 @@ def _torch(name: str, index: type) -> Callable[[csr_array, int], Operator]:
     def prepare(a: csr_array, threads: int) -> Operator:
         from hbp_spmv.torch import csr_product
 
-        multiply, nbytes = csr_product(a, index=index, threads=threads)
-        return _operator(name, nbytes, threads, multiply, a)
+        multiply, bind, nbytes = csr_product(a, index=index, threads=threads)
+        return replace(_operator(name, nbytes, threads, multiply, a), bind=bind)
 
     return prepare
 

@@ -78,9 +78,11 @@ def demo(
         quiet: no progress.
     """
     _require_cpu(device)
+    from tenfold_core.run.report import print_table
+
     from hbp_spmv.bench import demo_config, run
     from hbp_spmv.inputs import matrix_sources
-    from hbp_spmv.report import ORDER_COLUMNS, claim_lines, order_cells
+    from hbp_spmv.report import ORDER_COLUMNS, case_printer, claim_lines, order_cells
 
     if out is not None and Path(out).suffix:
         raise ConfigError(f"{out}: expected a folder, whose name has no suffix")
@@ -90,13 +92,14 @@ def demo(
         out=out,
         verb="demo",
         say=_sayer(quiet),
-        on_case=_case_printer(silent=as_json),
+        on_case=case_printer(silent=as_json),
     )
     if as_json:
         _print_result(found)
         return
     print()
-    _print_table(ORDER_COLUMNS, order_cells(found.reorderings), "Reordering the rows of all blocks")
+    title, cells = "Reordering the rows of all blocks", order_cells(found.reorderings)
+    print_table(ORDER_COLUMNS, cells, title=title, stream=sys.stdout)
     print("\nClaims, judged on these matrices")
     print("\n".join(claim_lines(found.rows, found.reorderings)))
 
@@ -154,6 +157,7 @@ def bench(
     from hbp_spmv.bench import BenchConfig, run
     from hbp_spmv.evaluate import Protocol
     from hbp_spmv.inputs import matrix_sources
+    from hbp_spmv.report import case_printer, print_metrics
 
     protocol = Protocol(
         min_time_s=min_time, repeats=repeats, cold=cold, seed=seed, n_products=n_products
@@ -173,14 +177,14 @@ def bench(
         resume=resume,
         plot=plot,
         say=_sayer(quiet),
-        on_case=_case_printer(silent=as_json),
+        on_case=case_printer(silent=as_json),
     )
     for text in found.unread:
         print(f"hbp-spmv: error: {text}", file=sys.stderr)
     if as_json:
         _print_result(found)
     elif len(sources) > 1:
-        _print_metrics(found.metrics)
+        print_metrics(found.metrics)
     return 2 if found.unread else 0
 
 
@@ -462,40 +466,7 @@ def _text(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _print_table(columns: Sequence[str], cells: list[list[str]], title: str) -> None:
-    from tenfold_core.run.report import print_table
-
-    print_table(columns, cells, title=title, stream=sys.stdout)
-
-
-def _case_printer(*, silent: bool) -> Any:
-    """Return a function that prints the rows of a case, the first time with the machine."""
-    from hbp_spmv.report import CASE_COLUMNS, case_cells, case_title, machine_line, verdict
-
-    begun = False
-
-    def show(rows: list[dict[str, Any]], calibration: Any) -> None:
-        nonlocal begun
-        if silent:
-            return
-        if not begun:
-            print(machine_line(calibration.bandwidth))
-        begun = True
-        _print_table(CASE_COLUMNS, case_cells(rows), f"\n{case_title(rows)}")
-        print("\n".join(verdict(rows)), flush=True)
-
-    return show
-
-
 def _print_result(found: Any) -> None:
     metrics = {name: value for name, (value, _, _) in found.metrics.items()}
     parts = {"rows": found.rows, "metrics": metrics, "notes": found.notes}
     _print_json(parts | ({"reorderings": found.reorderings} if found.reorderings else {}))
-
-
-def _print_metrics(metrics: dict[str, tuple[float | None, str, str | None]]) -> None:
-    print()
-    for name, (value, unit, _) in metrics.items():
-        print(
-            f"{name:<28} {'-' if value is None else f'{value:.4g}'} {unit if unit != '1' else ''}"
-        )

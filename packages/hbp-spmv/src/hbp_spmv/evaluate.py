@@ -4,10 +4,6 @@
 Products are timed the way a user asks for them (`y = A @ x`, the result allocated), interleaved so
 that drift hits all formats alike, and every result is compared with an exactly rounded one under a
 componentwise bound. x is standard normal.
-
-Thread pools disturb each other: after a product the helpers of one library spin on the cores that
-the next one needs (9 ms for OpenMP as PyTorch ships it, 1 ms for ours). With several threads the
-libraries take turns in groups, over several rounds, with a pause until the process is quiet.
 """
 
 import sys
@@ -26,14 +22,14 @@ from tenfold_core.device import cpu_info, load_average
 from tenfold_core.errors import ConfigError, MissingExtraError
 from tenfold_core.run.rows import plain
 from tenfold_core.run.seeds import generator
-from tenfold_core.run.timing import measure_many
 from tenfold_core.sparse import CSR, error_over_bound, reference_product
 
 from hbp_spmv.baselines import BASELINES
 from hbp_spmv.building import canonical
 from hbp_spmv.calibration import Calibration
 from hbp_spmv.errors import VerificationError
-from hbp_spmv.matrix import from_csr
+from hbp_spmv.matrix import HBPMatrix, from_csr
+from hbp_spmv.turns import time_in_turns
 
 __all__ = ["COLUMNS", "HBP_FORMATS", "VENDORS", "Protocol", "Row", "Subject", "resolve_formats"]
 
@@ -52,10 +48,9 @@ VENDORS = ("csr-scipy", "csr-torch", "csr-mkl")
 BASE = "csr-scipy"
 """What the break-even counts against; always measured."""
 OPENMP = ("csr-torch", "csr-torch-int64", "csr-mkl")
-"""Formats whose helper threads are OpenMP's, timed apart from ours."""
+"""Formats whose helper threads are OpenMP's, timed apart from ours; see `hbp_spmv.turns`."""
 
-_ROUNDS = 4  # turns of each group, so that drift hits all groups alike
-_QUIET_STEP_S, _QUIET_LIMIT_S = 0.005, 0.5
+_RETRIES = 6  # turns of a case repeated because other processes were running
 _BUILDS, _BUILD_BUDGET_S, _LONG_BUILD_S = 3, 0.1, 10.0
 
 
@@ -110,6 +105,8 @@ class Row:
     """How much slower `auto` is than the fastest of our formats."""
     load: float | None = None
     """Load average of the last minute."""
+    foreign_cores: float | None = None
+    """Cores that other processes used while this case was timed, where the system tells."""
     error: str | None = None
     """Why there is no figure."""
 
@@ -214,11 +211,12 @@ class Subject:
         """
         if self._task is None or self._task.dtype != dtype:
             self._task = _Task(self.a, dtype, self.protocol)
-        candidates, errors = self._task.run(formats, threads)
+        candidates, errors, foreign = self._task.run(formats, threads)
         load = load_average()
         facts: dict[str, Any] = {
             **self.facts(), "dtype": self._task.a.dtype.name, "threads": threads,
             "cold": self.protocol.cold, "load": round(load[0], 2) if load else None,
+            "foreign_cores": None if foreign is None else round(foreign, 3),
         }  # fmt: skip
         rows = []
         for name in formats:
@@ -245,8 +243,8 @@ class _Task:
 
     def run(
         self, formats: Sequence[str], threads: int
-    ) -> tuple[dict[str, _Candidate], dict[str, str]]:
-        """Return what was measured and, for formats that failed, why."""
+    ) -> tuple[dict[str, _Candidate], dict[str, str], float | None]:
+        """Return what was measured, why formats failed, and the cores that others used."""
         candidates: dict[str, _Candidate] = {}
         errors: dict[str, str] = {}
         if any(name.startswith("csr-torch") for name in formats):
@@ -257,8 +255,8 @@ class _Task:
                     candidates[name] = self._candidate(name, threads)
                 except Exception as error:  # whatever a library raises must not end the run
                     errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            self._time(candidates, threads)
-        return candidates, errors
+            foreign = self._time(candidates, threads)
+        return candidates, errors, foreign
 
     def _candidate(self, name: str, threads: int) -> _Candidate:
         build = self._builder(name, threads)
@@ -272,19 +270,27 @@ class _Task:
             seconds.append(time.perf_counter() - started)
             if seconds[0] > _LONG_BUILD_S:
                 break
-        matvec = operator.__matmul__ if name in HBP_FORMATS else operator.matvec
-        y = np.asarray(matvec(self.x))
+        call = self._call(operator)
+        y = np.asarray(call())
         worst, row = error_over_bound(y, self.reference, self.x, exact=self.exact)
         if not worst <= 1:
             raise VerificationError(f"row {row}: the error is {worst:.3g} times its bound")
         return _Candidate(
             nbytes=operator.nbytes,
-            call=partial(matvec, self.x),
+            call=call,
             layout=operator.layout if name in HBP_FORMATS else None,
             build_s=float(np.median(seconds[1:] or seconds)),
             error_over_bound=worst,
             samples=[],
         )
+
+    def _call(self, operator: Any) -> Callable[[], Any]:
+        """Return the product as a user of that format asks for it."""
+        if isinstance(operator, HBPMatrix):
+            return partial(operator.__matmul__, self.x)
+        if operator.bind is not None:
+            return operator.bind(self.x)
+        return partial(operator.matvec, self.x)
 
     def _builder(self, name: str, threads: int) -> Callable[[], Any]:
         if name in HBP_FORMATS:
@@ -293,26 +299,20 @@ class _Task:
             return partial(from_csr, self.a, threads=threads, n_products=products, **settings)
         return partial(BASELINES[name].build, self.a, threads)
 
-    def _time(self, candidates: Mapping[str, _Candidate], threads: int) -> None:
-        """Fill in the samples of all candidates."""
-        together = threads == 1
-        openmp = [name for name in candidates if name in OPENMP and not together]
-        groups = [openmp, [name for name in candidates if name not in openmp]]
-        groups = [group for group in groups if group]
-        rounds = _ROUNDS if len(groups) > 1 else 1
-        flush = 2 * (cpu_info().l3_bytes or 32 << 20) if self.protocol.cold else None
-        for turn in range(rounds):
-            for group in groups if turn % 2 == 0 else groups[::-1]:
-                wait_until_quiet()
-                timings = measure_many(
-                    {name: candidates[name].call for name in group},
-                    min_time_s=self.protocol.min_time_s / rounds,
-                    repeats=max(3, -(-self.protocol.repeats // rounds)),
-                    flush=flush,
-                    max_time_s=max(20 * self.protocol.min_time_s, 1.0) * len(group) / rounds,
-                )
-                for name, timing in timings.items():
-                    candidates[name].samples += timing.samples
+    def _time(self, candidates: Mapping[str, _Candidate], threads: int) -> float | None:
+        """Fill in the samples of all candidates; return the cores that others used meanwhile."""
+        calls = {name: candidate.call for name, candidate in candidates.items()}
+        apart = {name: calls.pop(name) for name in OPENMP if name in calls and threads > 1}
+        samples, foreign = time_in_turns(
+            [apart, calls],
+            min_time_s=self.protocol.min_time_s,
+            repeats=self.protocol.repeats,
+            flush=2 * (cpu_info().l3_bytes or 32 << 20) if self.protocol.cold else None,
+            retries=_RETRIES if threads > 1 else 0,
+        )
+        for name, found in samples.items():
+            candidates[name].samples += found
+        return foreign
 
 
 def _figures(
@@ -370,16 +370,6 @@ def _comparisons(name: str, medians: Mapping[str, float], build_s: float) -> dic
 def _short(value: float) -> float:
     """Round to five significant digits, more than any of these figures has."""
     return float(f"{value:.5g}")
-
-
-def wait_until_quiet() -> None:
-    """Sleep until no helper thread of this process spins any more, half a second at most."""
-    deadline = time.perf_counter() + _QUIET_LIMIT_S
-    while time.perf_counter() < deadline:
-        used = time.process_time()
-        time.sleep(_QUIET_STEP_S)
-        if time.process_time() - used < 0.1 * _QUIET_STEP_S:
-            return
 
 
 @contextmanager

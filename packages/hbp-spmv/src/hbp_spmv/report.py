@@ -9,7 +9,7 @@ and a number of threads, such as `products-f64-1`.
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,27 @@ from typing import Any
 from tenfold_core.errors import InputError
 from tenfold_core.run.atomic import atomic_path
 from tenfold_core.run.cli import Positional, main
-from tenfold_core.run.report import ACCENT, BASELINE, figure, markdown_table
+from tenfold_core.run.report import ACCENT, BASELINE, figure, markdown_table, print_table
+
+from hbp_spmv.summary import FOREIGN, claims
 
 __all__ = [
-    "CASE_COLUMNS", "ORDER_COLUMNS", "case_cells", "case_title", "claim_lines", "claim_table",
-    "machine_line", "order_cells", "product_table", "regenerate", "reorder_table", "roofline",
+    "CASE_COLUMNS",
+    "ORDER_COLUMNS",
+    "case_cells",
+    "case_printer",
+    "case_title",
+    "claim_lines",
+    "claim_table",
+    "machine_line",
+    "order_cells",
+    "print_metrics",
+    "product_table",
+    "regenerate",
+    "reorder_table",
+    "roofline",
     "verdict",
-]  # fmt: skip
+]
 
 Row = Mapping[str, Any]
 
@@ -76,6 +90,9 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     lines = [f"{row['format']} failed: {row['error']}" for row in rows if row["error"] is not None]
     times = {row["format"]: row["us"] for row in rows if row["us"]}
     auto = next((row for row in rows if row["format"] == "auto" and row["us"]), None)
+    foreign = rows[0]["foreign_cores"] or 0
+    if foreign > FOREIGN:
+        lines.append(f"other processes used {foreign:.1f} cores meanwhile: do not trust this table")
     if auto is None:
         return lines
     text = f"auto chose {auto['layout']}"
@@ -152,10 +169,35 @@ def reorder_table(reorderings: Sequence[Row]) -> str:
     return markdown_table(ORDER_COLUMNS, order_cells(reorderings))
 
 
+def print_metrics(metrics: Mapping[str, tuple[float | None, str, str | None]]) -> None:
+    """Print the figures of a record, one per line."""
+    print()
+    for name, (value, unit, _) in metrics.items():
+        print(
+            f"{name:<28} {'-' if value is None else f'{value:.4g}'} {unit if unit != '1' else ''}"
+        )
+
+
+def case_printer(*, silent: bool) -> Callable[[Sequence[Row], Any], None]:
+    """Return a function that prints the rows of a case, the first time with the machine."""
+    begun = silent
+
+    def show(rows: Sequence[Row], calibration: Any) -> None:
+        nonlocal begun
+        if silent:
+            return
+        if not begun:
+            print(machine_line(calibration.bandwidth))
+        begun = True
+        title = f"\n{case_title(rows)}"
+        print_table(CASE_COLUMNS, case_cells(rows), title=title, stream=sys.stdout)
+        print("\n".join(verdict(rows)), flush=True)
+
+    return show
+
+
 def claim_table(rows: Sequence[Row], reorderings: Sequence[Row]) -> str:
     """Write every claim with its target, what was found, and every loss, as Markdown."""
-    from hbp_spmv.summary import claims
-
     words = {True: "pass", False: "miss", None: "not measured"}
     return markdown_table(
         ["claim", "target", "found", "verdict", "below the line"],
@@ -165,8 +207,6 @@ def claim_table(rows: Sequence[Row], reorderings: Sequence[Row]) -> str:
 
 def claim_lines(rows: Sequence[Row], reorderings: Sequence[Row]) -> list[str]:
     """Return every claim as a line of text."""
-    from hbp_spmv.summary import claims
-
     words = {True: "pass", False: "MISS", None: "not measured"}
     return [
         f"{words[c.passed]:<5} {c.text}: {c.found}, target {c.target}"

@@ -11,12 +11,14 @@ from math import exp, isfinite, log
 from statistics import median, quantiles
 from typing import Any
 
-__all__ = ["LARGE", "Claim", "claims", "geomean", "record_metrics"]
+__all__ = ["FOREIGN", "LARGE", "Claim", "claims", "geomean", "record_metrics"]
 
 LARGE = 20_000
 """Nonzeros above which a product is more than its overhead."""
 SKEWED = 1.0
 """Coefficient of variation of the row lengths from which a matrix counts as skewed."""
+FOREIGN = 0.1
+"""Cores that others may use before a timing counts as disturbed."""
 _THREADED = 200_000
 _SHORT = {"float64": "f64", "float32": "f32", "complex128": "c128", "complex64": "c64"}
 
@@ -65,6 +67,7 @@ def record_metrics(rows: Rows, reorderings: Rows = ()) -> Metrics:
             "regret_max": (max(regrets, default=None), "%", "lower"),
             "error_over_bound": (max(errors, default=None), "1", "lower"),
             "matrices": (len({row["matrix"] for row in part}), "1", None),
+            "disturbed": (_disturbed(part), "1", "lower"),
             "failed_formats": (sum(row["error"] is not None for row in part), "1", "lower"),
         }
         suffix = f"{_SHORT.get(dtype, dtype)}_t{threads}"
@@ -217,6 +220,11 @@ def _column(rows: Rows, name: str) -> list[float]:
 def _share(holds: Iterable[bool]) -> float | None:
     found = list(holds)
     return sum(found) / len(found) if found else None
+
+
+def _disturbed(rows: Rows) -> int:
+    """Count the matrices during whose timing other processes used more than a tenth of a core."""
+    return len({row["matrix"] for row in rows if (row["foreign_cores"] or 0) > FOREIGN})
 
 
 def _p90(values: Sequence[float]) -> float | None:

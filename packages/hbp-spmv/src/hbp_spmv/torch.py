@@ -3,6 +3,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,10 +67,11 @@ class _SpMV(torch.autograd.Function):
 
 def csr_product(
     a: csr_array, *, index: type, threads: int
-) -> tuple[Callable[[NDArray, NDArray], None], int]:
-    """Return torch's `multiply(x, y)` for a CSR matrix, and the bytes it stores.
+) -> tuple[Callable[[NDArray, NDArray], None], Callable[[NDArray], Callable[[], Any]], int]:
+    """Return torch's `multiply(x, y)` for a CSR matrix, its `bind(x)`, and the bytes it stores.
 
-    torch's thread count is process-wide; it is set for the call only where it differs.
+    torch's thread count is process-wide; `multiply` sets it for the call only where it differs. A
+    bound product is what a user of torch calls, tensors in and out, and leaves the count alone.
 
     Args:
         a: canonical CSR with float32 or float64 values; values are shared, not copied.
@@ -80,10 +82,16 @@ def csr_product(
         InputError: the matrix is too large for int32 indices.
     """
     if index is np.int32 and max(a.nnz, *a.shape) >= 1 << 31:
-        raise InputError(f"matrix of shape {a.shape} with {a.nnz} nonzeros: int32 indices end at 2**31")
+        raise InputError(
+            f"matrix of shape {a.shape} with {a.nnz} nonzeros: int32 indices end at 2**31"
+        )
     parts = [
         torch.from_numpy(_writable(array))
-        for array in (a.indptr.astype(index, copy=False), a.indices.astype(index, copy=False), a.data)
+        for array in (
+            a.indptr.astype(index, copy=False),
+            a.indices.astype(index, copy=False),
+            a.data,
+        )
     ]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
@@ -99,7 +107,10 @@ def csr_product(
             if before != threads:
                 torch.set_num_threads(before)
 
-    return multiply, sum(part.nbytes for part in parts)
+    def bind(x: NDArray) -> Callable[[], Any]:
+        return partial(torch.mv, matrix, torch.from_numpy(_writable(x)))
+
+    return multiply, bind, sum(part.nbytes for part in parts)
 
 
 def _writable(array: NDArray) -> NDArray:
