@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from tenfold_core.errors import InputError
+from tenfold_core.errors import ConfigError, InputError
 from tenfold_core.run.seeds import generator
 from tenfold_core.sparse import CSR, componentwise_bound, error_over_bound, reference_product
 
@@ -40,7 +40,10 @@ def verify(matrix: HBPMatrix, a: Any, *, trials: int = 3, seed: int = 0) -> Veri
     Raises:
         VerificationError: a component leaves its bound; names row, got, want and bound.
         InputError: the shapes differ.
+        ConfigError: there are no trials.
     """
+    if trials < 1:
+        raise ConfigError(f"trials: expected at least 1, got {trials}")
     a = canonical(a, matrix.dtype)
     if a.shape != matrix.shape:
         raise InputError(f"matrix has shape {matrix.shape}, the one to compare with {a.shape}")

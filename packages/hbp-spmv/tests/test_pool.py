@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from hbp_spmv import from_csr
+from hbp_spmv.kernels import pool
+from tenfold_core.testing.sparse import csr_from_lengths
+
+
+@pytest.fixture(scope="module")
+def a():
+    lengths = np.minimum(np.random.default_rng(0).zipf(1.5, 2000), 300)
+    return csr_from_lengths(lengths, 1500, np.random.default_rng(1)).to_scipy()
+
+
+@pytest.fixture(scope="module")
+def x():
+    return np.random.default_rng(2).standard_normal(1500)
+
+
+def run_python(code, **environment):
+    """Run a script with the package's kernels in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PREAMBLE + code],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+PREAMBLE = """
+import os, sys
+import numpy as np
+from hbp_spmv import building, from_csr
+from tenfold_core.testing.sparse import csr_from_lengths
+building.WORKER_NNZ = 1
+a = csr_from_lengths(np.arange(500) % 9, 400, np.random.default_rng(0)).to_scipy()
+x = np.random.default_rng(1).standard_normal(400)
+one = (from_csr(a, layout="compact", threads=1) @ x).tobytes()
+several = from_csr(a, layout="compact", threads=3)
+assert (several @ x).tobytes() == one
+"""
+
+
+def together(count, work):
+    """Run `work(number)` in several Python threads that start at the same time."""
+    barrier, results, errors = threading.Barrier(count), [None] * count, []
+
+    def main(number):
+        try:
+            barrier.wait()
+            results[number] = work(number)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=main, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    return results
+
+
+@pytest.mark.parametrize("layout", ["compact", "paper", "csr"])
+def test_concurrent_products_of_one_matrix_have_the_same_bits(a, x, layout, several_workers):
+    matrix = from_csr(a, layout=layout, threads=2)
+    block = np.stack([x, -x], axis=1)
+    expected = (matrix @ x).tobytes()
+    columns = (matrix @ block).tobytes()
+    found = together(
+        4, lambda _: {((matrix @ x).tobytes(), (matrix @ block).tobytes()) for _ in range(25)}
+    )
+    assert found == [{(expected, columns)}] * 4
+
+
+def test_concurrent_products_of_several_matrices_have_the_same_bits(a, x, several_workers):
+    matrices = [
+        from_csr(a * scale, layout=layout, threads=threads)
+        for scale, layout, threads in [
+            (1, "compact", 3),
+            (2, "csr", 2),
+            (3, "paper", 3),
+            (4, "csr", 1),
+        ]
+    ]
+    expected = [(matrix @ x).tobytes() for matrix in matrices]
+    found = together(4, lambda n: {(matrices[n] @ x).tobytes() for _ in range(50)})
+    assert found == [{bits} for bits in expected]
+
+
+def test_concurrent_first_uses_build_what_they_need(a, x, several_workers):
+    matrix = from_csr(a, layout="csr", threads=2)
+    y = np.random.default_rng(3).standard_normal(2000)
+    found = together(
+        4, lambda _: (matrix.rmatvec(y).tobytes(), (matrix @ np.stack([x] * 3, 1)).tobytes())
+    )
+    assert len(set(found)) == 1
+
+
+def test_a_busy_pool_leaves_the_work_to_the_caller(a, x, several_workers):
+    matrix = from_csr(a, layout="compact", threads=3)
+    expected = (matrix @ x).tobytes()
+    with pool.shared_pool().lock:
+        assert (matrix @ x).tobytes() == expected
+
+
+def test_helpers_start_once_and_as_many_as_needed(a, x, several_workers):
+    def helpers():
+        return sum(thread.name.startswith("hbp-") for thread in threading.enumerate())
+
+    several = from_csr(a, layout="csr", threads=5)
+    several @ x
+    before = helpers()
+    assert before >= 4
+    for threads in (2, 3, 5):
+        several.with_threads(threads) @ x
+    assert helpers() == before
+
+
+def test_one_thread_starts_no_helpers():
+    code = """
+import threading
+before = threading.active_count()
+from_csr(a, layout="csr", threads=1) @ x
+print(threading.active_count() - before)
+"""
+    assert run_python(code) == "0"
+
+
+def test_sleeping_helpers_wake_up(a, x, several_workers):
+    matrix = from_csr(a, layout="compact", threads=3)
+    expected = (matrix @ x).tobytes()
+    shared = pool.shared_pool()
+    parked = [pool.JOB_PARKED + 8 * worker for worker in (1, 2)]
+    while not all(shared.job[at] for at in parked):
+        pass  # they fall asleep by themselves after about a millisecond
+    assert (matrix @ x).tobytes() == expected
+
+
+def test_a_product_after_the_pool_was_closed_still_works(a, x, several_workers, monkeypatch):
+    monkeypatch.setattr(pool, "_POOL", [pool.Pool()])
+    matrix = from_csr(a, layout="compact", threads=3)
+    expected = (matrix @ x).tobytes()
+    pool.shared_pool().close()
+    assert (matrix @ x).tobytes() == expected
+
+
+def test_more_threads_than_cores(a, x, several_workers):
+    expected = (from_csr(a, layout="compact", threads=1) @ x).tobytes()
+    many = from_csr(a, layout="compact", threads=os.cpu_count() + 6)
+    assert many.threads == min(os.cpu_count() + 6, 64)
+    assert (many @ x).tobytes() == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_child_multiplies_with_threads_of_its_own():
+    code = """
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on forks with threads
+child = os.fork()
+if child == 0:
+    good = all((several @ x).tobytes() == one for _ in range(50))
+    good = good and (several.with_threads(2) @ x).tobytes() == one
+    os._exit(0 if good else 1)
+status = os.waitpid(child, 0)[1]
+assert (several @ x).tobytes() == one
+print(os.waitstatus_to_exitcode(status))
+"""
+    assert run_python(code) == "0"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_child_forked_while_the_pool_works_multiplies():
+    code = """
+import threading, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+stop = threading.Event()
+def work():
+    while not stop.is_set():
+        several @ x
+thread = threading.Thread(target=work)
+thread.start()
+codes = []
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if (several @ x).tobytes() == one else 1)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+stop.set()
+thread.join()
+print(codes)
+"""
+    assert run_python(code) == "[0, 0, 0, 0, 0]"
+
+
+def test_thread_limits_of_other_libraries_do_not_matter():
+    limits = dict.fromkeys(["OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"], "1")
+    code = "print((several @ x).tobytes() == one, several.threads)"
+    assert run_python(code, **limits) == "True 3"
+
+
+def test_the_interpreter_ends_while_helpers_spin_and_sleep():
+    code = """
+import atexit
+atexit.register(lambda: print((several @ x).tobytes() == one))
+several @ x
+"""
+    assert run_python(code) == "True"
+
+
+def test_spawned_processes_get_the_matrix_by_pickle():
+    code = """
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
+        y = executor.submit(several.matvec, x).result()
+    print(y.tobytes() == one)
+"""
+    assert run_python(code) == "True"
