@@ -155,6 +155,7 @@ def test_cold_products_are_timed_one_by_one(monkeypatch):
     )
     rows = measure(stencil5(20), protocol=replace(QUICK, cold=True))
     assert all(row["cold"] and row["us"] > 0 for row in rows)
+    assert {row["copy_gbs"] for row in rows} == {10}  # the default calibration beyond the caches
 
 
 def test_libraries_with_their_own_threads_take_turns(monkeypatch):

@@ -223,7 +223,7 @@ class Subject:
             if name in errors:
                 row = Row(**facts, format=name, error=errors[name])
             else:
-                figures = _figures(self._task.a, name, threads, candidates, calibration)
+                figures = _figures(self._task, name, threads, candidates, calibration)
                 row = Row(**facts, format=name, **figures)
             rows.append({column: plain(getattr(row, column)) for column in COLUMNS})
         return rows
@@ -316,19 +316,20 @@ class _Task:
 
 
 def _figures(
-    a: csr_array,
+    task: _Task,
     name: str,
     threads: int,
     candidates: Mapping[str, _Candidate],
     calibration: Calibration,
 ) -> dict[str, Any]:
     """Return the measured columns of a format."""
-    found = candidates[name]
+    a, found = task.a, candidates[name]
     medians = {other: max(float(np.median(c.samples)), 1e-9) for other, c in candidates.items()}
     p10, p90 = np.percentile(found.samples, [10, 90])
     seconds = medians[name]
     moved = found.nbytes + a.dtype.itemsize * sum(a.shape)
-    copy = threads * calibration.bandwidth_at(moved // threads)
+    memory = calibration.bandwidth[-1][1]
+    copy = threads * (memory if task.protocol.cold else calibration.bandwidth_at(moved // threads))
     return {
         "layout": found.layout,
         "bytes": found.nbytes,

@@ -246,7 +246,7 @@ def roofline(
     if not shown:
         raise InputError(f"{path}: nothing was measured that could be drawn")
     threads = max(row["threads"] for row in shown)
-    markers = "osD^vP*XdhH<>p8"
+    markers = "osD^vP*Xd<>p8|_x+1234"
     names = list(dict.fromkeys(row["format"] for row in shown))
     with figure(path, columns=2, aspect=0.6, dark=dark) as drawing:
         axes = drawing.add_subplot(
@@ -257,8 +257,14 @@ def roofline(
         for size, rate in bandwidth:
             top = threads * rate
             axes.plot(ends, [top * end for end in ends], color=BASELINE, linewidth=0.6)
-            label = f"copy {_size(size)}, {top:.0f} GB/s"
-            axes.annotate(label, (ends[0], top * ends[0]), fontsize=6, color=BASELINE)
+            axes.annotate(
+                f"copy {_size(size)}, {top:.0f} GB/s",
+                (ends[0], top * ends[0]),
+                xytext=(0, 2),
+                textcoords="offset points",
+                fontsize=6,
+                color=BASELINE,
+            )
         for place, name in enumerate(names):
             ours = name == "auto" or name.startswith("hbp-")
             part = [row for row in shown if row["format"] == name]
@@ -269,7 +275,7 @@ def roofline(
                 color=ACCENT if ours else BASELINE, label=name,
                 markerfacecolor="none" if name.startswith("hbp-") else None,
             )  # fmt: skip
-        axes.legend(fontsize=6, ncols=2, loc="lower right")
+        drawing.legend(fontsize=6, loc="outside right center")
 
 
 def regenerate(folder: Positional[Path], *, check: bool = False) -> int:
