@@ -186,8 +186,8 @@ def place_sorted(lengths, descending, output_hash):
 def length_classes(samples):
     """Cut row lengths into at most 32 monotone classes of about equal work.
 
-    Lengths 0..8 have a class each; longer ones share the rest so that each class carries about the
-    same number of nonzeros.
+    Lengths 0..8 have a class each. So have the longer ones if there are few enough; otherwise they
+    are cut so that each class carries about the same number of nonzeros.
 
     Args:
         samples: row lengths of a sample of the matrix.
@@ -201,13 +201,18 @@ def length_classes(samples):
             work[min(np.int64(k), CAP)] += min(np.int64(k), CAP)
     total = max(work.sum(), 1)
     spare = MAX_CLASSES - (OWN_CLASS + 1)
+    few = (work > 0).sum() <= spare
     classes = np.empty(CAP + 1, np.uint8)
-    done = 0
+    done = 0  # nonzeros, or lengths, in the classes so far
     for k in range(CAP + 1):
         if k <= OWN_CLASS:
             classes[k] = k
-        else:
-            classes[k] = OWN_CLASS + 1 + min(done * spare // total, spare - 1)
+        elif few:
+            classes[k] = OWN_CLASS + 1 + min(done, spare - 1)
+            done += work[k] > 0
+        else:  # by the middle of its work: a length that dominates is apart from shorter ones
+            middle = done + work[k] // 2
+            classes[k] = OWN_CLASS + 1 + min(middle * spare // total, spare - 1)
             done += work[k]
     return classes
 

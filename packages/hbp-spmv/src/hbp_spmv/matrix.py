@@ -100,10 +100,7 @@ def from_csr(
         if value is not None
     }
     chosen = replace(config or BuildConfig(), **changes)
-    if resolve(device).kind != "cpu":
-        raise ConfigError(
-            f"device={device!r}: this version multiplies on the CPU; use device='cpu'"
-        )
+    _require_cpu(device)
     matrix = canonical(a, dtype)
     workers = workers_for(threads, matrix.nnz)
     started = time.perf_counter()
@@ -117,6 +114,13 @@ def from_csr(
         return HBPMatrix(stored, chosen, matrix.dtype, workers, seconds, plan.reasons)
     stored = build_layout(matrix, chosen)
     return HBPMatrix(stored, chosen, matrix.dtype, workers, time.perf_counter() - started)
+
+
+def _require_cpu(device: str) -> None:
+    if device != "auto" and resolve(device).kind != "cpu":
+        raise ConfigError(
+            f"device={device!r}: this version multiplies on the CPU; use device='cpu'"
+        )
 
 
 class HBPMatrix:
@@ -434,8 +438,7 @@ class HBPMatrix:
 
     def to(self, device: str) -> "HBPMatrix":
         """Return the matrix on `device`."""
-        if resolve(device).kind != "cpu":
-            raise ConfigError(f"device={device!r}: this version multiplies on the CPU")
+        _require_cpu(device)
         return self
 
     def with_threads(self, threads: int) -> "HBPMatrix":
