@@ -30,7 +30,14 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
     if name == "__version__":
-        from importlib.metadata import version
-
-        return version("hbp-spmv")
+        return _version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("hbp-spmv")
+    except PackageNotFoundError:  # a source tree on the path, not installed
+        return "0+unknown"

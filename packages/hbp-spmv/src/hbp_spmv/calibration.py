@@ -8,12 +8,14 @@ instruction depend on it, never a result.
 
 import hashlib
 import json
+import math
 import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -90,18 +92,29 @@ def _path() -> Path:
 
 
 _LOADED: list[Calibration] = []
+_WARNED: list[bool] = []
 
 
 def load_calibration() -> Calibration:
     """Return this host's calibration, or `DEFAULT` if there is none that can be read."""
     if not _LOADED:
         try:
-            fields = json.loads(_path().read_text(encoding="utf-8"))
-            pairs = tuple((int(size), float(rate)) for size, rate in fields.pop("bandwidth"))
-            _LOADED.append(Calibration(bandwidth=pairs, **fields))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            _LOADED.append(DEFAULT)
+            _LOADED.append(_calibration(json.loads(_path().read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+            _LOADED.append(DEFAULT)  # RuntimeError: the user has no home
     return _LOADED[0]
+
+
+def _calibration(values: dict[str, Any]) -> Calibration:
+    """Return a calibration made of a file's values; what could not be measured is refused."""
+    pairs = tuple((int(size), float(rate)) for size, rate in values.pop("bandwidth"))
+    found = Calibration(bandwidth=pairs, **values)
+    costs = [getattr(found, f.name) for f in fields(found) if f.name.endswith(("_ns", "_us"))]
+    good = bool(pairs) and all(0 < rate < math.inf for _, rate in pairs)
+    good = good and all(0 <= cost < math.inf for cost in costs)
+    if not good or not isinstance(found.gather, bool):
+        raise ValueError("a cost or a rate is out of range")
+    return found
 
 
 def hardware_gather() -> bool:
@@ -215,15 +228,16 @@ def calibrate(*, save: bool = True) -> Calibration:
 
 
 def _keep(found: Calibration) -> None:
-    path = _path()
     try:
+        path = _path()
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        warnings.warn(
-            f"{path}: calibration not kept ({error.strerror or error}); it is measured again "
-            "next time",
-            TenfoldWarning,
-            stacklevel=3,
-        )
+    except (OSError, RuntimeError) as error:
+        if not _WARNED:
+            warnings.warn(
+                f"calibration not kept ({error}); it is measured again next time",
+                TenfoldWarning,
+                stacklevel=3,
+            )
+        _WARNED[:] = [True]

@@ -336,9 +336,10 @@ class HBPMatrix:
             if out is not None:
                 raise InputError("out: not available for a tensor that requires grad")
             return alpha * torch.spmv(self, x)
-        if x.device.type != "cpu":
-            raise InputError(f"x lies on {x.device}, the matrix on the CPU; use x.cpu()")
-        result = self._multiply(x.numpy(), None if out is None else out.numpy(), alpha, beta)
+        if out is not None and not hasattr(out, "numpy"):
+            raise InputError(f"out is a {type(out).__name__}, expected a tensor as x is one")
+        array = torch.as_array(x)
+        result = self._multiply(array, None if out is None else out.numpy(), alpha, beta)
         return sys.modules["torch"].from_numpy(result) if out is None else out
 
     def _matrix_product(self, x: NDArray, y: NDArray, alpha: float, beta: float) -> None:

@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from tenfold_core.errors import InputError
+from torch.autograd.function import once_differentiable
 
 from hbp_spmv.matrix import HBPMatrix
 
-__all__ = ["csr_product", "spmv"]
+__all__ = ["as_array", "csr_product", "spmv"]
 
 
 def spmv(matrix: HBPMatrix, x: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
@@ -32,11 +33,26 @@ def spmv(matrix: HBPMatrix, x: torch.Tensor, values: torch.Tensor | None = None)
     Raises:
         InputError: a shape, type or device does not fit.
     """
-    if x.device.type != "cpu":
-        raise InputError(f"x lies on {x.device}, the matrix on the CPU; use x.cpu()")
+    as_array(x)
     if values is not None and values.shape != (matrix.nnz,):
         raise InputError(f"values have shape {tuple(values.shape)}, expected ({matrix.nnz},)")
     return _SpMV.apply(x, values, matrix)
+
+
+def as_array(x: torch.Tensor, name: str = "x") -> NDArray:
+    """Return a tensor's values as a NumPy array, shared where that is possible.
+
+    Raises:
+        InputError: the tensor lies on a GPU, or NumPy has no such type or layout.
+    """
+    if x.device.type != "cpu":
+        raise InputError(f"{name} lies on {x.device}, the matrix on the CPU; use {name}.cpu()")
+    try:
+        return x.detach().resolve_conj().resolve_neg().numpy()
+    except (TypeError, RuntimeError):
+        raise InputError(
+            f"{name} is a tensor of {x.dtype} ({x.layout}), which NumPy does not know; convert it"
+        ) from None
 
 
 class _SpMV(torch.autograd.Function):
@@ -45,12 +61,13 @@ class _SpMV(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, values: torch.Tensor | None, matrix: HBPMatrix
     ) -> torch.Tensor:
         if values is not None:
-            matrix = matrix.update_values(values.detach().numpy())
+            matrix = matrix.update_values(as_array(values, "values"))
         ctx.matrix = matrix
         ctx.save_for_backward(x)
-        return torch.from_numpy(np.asarray(matrix @ x.detach().numpy()))
+        return torch.from_numpy(np.asarray(matrix @ as_array(x)))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         grad_x = grad_values = None
