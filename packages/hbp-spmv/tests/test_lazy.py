@@ -33,14 +33,13 @@ print((matrix @ np.ones((3, 2))).tolist(), matrix.update_values([4, 5, 6]).diago
 """
 
 
-def run_python(code, *, path=None, **environment):
+def run_python(code, *arguments, **environment):
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
         timeout=100,
         env=os.environ | environment,
-        cwd=path,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -113,10 +112,10 @@ for layout in ("compact", "paper", "csr"):
 plan = select(a)
 print(plan.format, plan.reasons)
 matrix = from_csr(a)
-matrix.save("a.hbp.safetensors")
-print(load("a.hbp.safetensors").layout, verify(matrix, a).worst, matrix.stats.layout)
+matrix.save(sys.argv[1])
+print(load(sys.argv[1]).layout, verify(matrix, a).worst, matrix.stats.layout)
 """
-    lines = run_python(WITHOUT_NUMBA + code, path=tmp_path)
+    lines = run_python(WITHOUT_NUMBA + code, str(tmp_path / "a.hbp.safetensors"))
     for line, layout in zip(lines, ("compact", "paper", "csr"), strict=False):
         assert line.startswith(f"layout='{layout}' needs compiled kernels")
     assert lines[3].startswith("scipy ('numba does not work here")

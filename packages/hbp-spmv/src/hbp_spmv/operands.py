@@ -40,7 +40,7 @@ def as_operand(x: Any, columns: int, dtype: np.dtype) -> NDArray:
     return np.ascontiguousarray(x, target)
 
 
-def as_factor(name: str, value: complex, dtype: np.dtype) -> complex:
+def as_factor(name: str, value: Any, dtype: np.dtype) -> complex:
     """Return alpha or beta as a Python number, a float unless its imaginary part needs more.
 
     Raises:

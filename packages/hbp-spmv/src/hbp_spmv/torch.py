@@ -68,10 +68,10 @@ class _SpMV(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (x,) = ctx.saved_tensors
         grad_x = grad_values = None
-        g = gradient.detach().contiguous()
+        g = gradients[0].detach().contiguous()
         if ctx.needs_input_grad[0]:
             grad_x = torch.from_numpy(np.asarray(ctx.matrix.rmatvec(g.numpy())))
         if ctx.needs_input_grad[1]:
