@@ -68,7 +68,7 @@ class _SpMV(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # type: ignore[bad-override]
         (x,) = ctx.saved_tensors
         grad_x = grad_values = None
         g = gradients[0].detach().contiguous()
