@@ -126,8 +126,7 @@ def _files():
     if not MATRICES.is_dir():
         return [pytest.param(None, marks=pytest.mark.skip("HBP_MATRICES names no folder"))]
     return [
-        pytest.param(path, id=path.name.split(".")[0], marks=pytest.mark.slow)
-        for path in sorted(MATRICES.glob("*.mtx*"))
+        pytest.param(path, id=path.name.split(".")[0]) for path in sorted(MATRICES.glob("*.mtx*"))
     ]
 
 
