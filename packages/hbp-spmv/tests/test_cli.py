@@ -111,6 +111,25 @@ def test_convert_builds_the_layout_that_was_asked_for(layout, matrix, tmp_path, 
     assert "layout" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["int32", "foo", "float16"])
+def test_convert_refuses_types_it_does_not_compute_with(name, matrix, saved, tmp_path, capsys):
+    for source in (matrix, saved):
+        for target in ("x.mtx", "x.hbp.safetensors"):
+            line = refused(["convert", source, tmp_path / target, "--dtype", name], capsys)
+            assert f"dtype is {name if name != 'foo' else repr(name)}, expected one of" in line
+    assert not list(tmp_path.glob("x.*"))
+
+
+def test_convert_loses_no_imaginary_part(tmp_path, capsys):
+    save_npz(tmp_path / "c.npz", powerlaw(30) * (1 + 2j))
+    path = tmp_path / "c.hbp.safetensors"
+    assert main(["convert", str(tmp_path / "c.npz"), str(path), "--dtype", "c64"]) == 0
+    assert load(path).dtype == np.complex64
+    capsys.readouterr()
+    line = refused(["convert", path, tmp_path / "x.mtx", "--dtype", "f32"], capsys)
+    assert "values are complex, expected real ones for float32" in line
+
+
 def test_convert_refuses_a_target_it_cannot_write(matrix, tmp_path, capsys):
     assert "expected a name in" in refused(["convert", matrix, tmp_path / "x.docx"], capsys)
     missing = tmp_path / "no" / "x.mtx"

@@ -384,11 +384,14 @@ def test_integers_above_2_to_53_are_refused_to_the_last(dtype):
 
 def test_types_without_a_kernel_are_refused(a):
     with pytest.raises(
-        InputError, match=r"expected float32, float64 or complex, got (longdouble|float128)"
+        InputError,
+        match=r"expected values of float32, float64 or complex, got (longdouble|float128)",
     ):
         from_csr(a.astype(np.longdouble))
-    with pytest.raises(InputError, match="expected float32, float64 or complex, got int32"):
-        from_csr(a, dtype="int32")
+    for name, found in (("int32", "int32"), ("foo", "'foo'")):
+        with pytest.raises(ConfigError, match=f"dtype is {found}, expected one of float32 "):
+            from_csr(a, dtype=name)
+    assert from_csr(a, dtype="f32").dtype == np.float32
     with pytest.raises(InputError, match="complex128 values do not fit float64"):
         from_csr(a.astype(complex), dtype="float64")
     with pytest.raises(InputError, match="expected a path, or a sparse matrix"):

@@ -13,10 +13,37 @@ from tenfold_core.errors import ConfigError, InputError, MissingExtraError, Tenf
 from hbp_spmv.config import BuildConfig
 from hbp_spmv.fallback import ScipyLayout
 
-__all__ = ["WORKER_NNZ", "all_equal", "build_layout", "canonical", "kernels_work", "workers_for"]
+__all__ = [
+    "WORKER_NNZ",
+    "all_equal",
+    "build_layout",
+    "canonical",
+    "kernels_work",
+    "parse_dtype",
+    "workers_for",
+]
 
 WORKER_NNZ = 8_000
 """Nonzeros below which another thread costs more than it brings."""
+_DTYPES = {"f32": "float32", "f64": "float64", "c64": "complex64", "c128": "complex128"}
+"""Types of values, by their short names."""
+
+
+def parse_dtype(dtype: DTypeLike) -> np.dtype:
+    """Return the type of values that a name, short name or type stands for, in native byte order.
+
+    Raises:
+        ConfigError: it is not float32, float64, complex64 or complex128.
+    """
+    try:
+        found = np.dtype(_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype)
+    except TypeError:
+        found = None
+    if dtype is None or found is None or found.name not in _DTYPES.values():
+        name = repr(dtype) if found is None else found.name
+        expected = ", ".join(f"{full} ({short})" for short, full in _DTYPES.items())
+        raise ConfigError(f"dtype is {name}, expected one of {expected}")
+    return found.newbyteorder("=")
 
 
 def canonical(a: Any, dtype: DTypeLike | None = None) -> csr_array:
@@ -26,9 +53,12 @@ def canonical(a: Any, dtype: DTypeLike | None = None) -> csr_array:
     The caller's arrays are never changed.
 
     Raises:
+        ConfigError: `dtype` is not a type that the package computes with.
         InputError: `a` is not a sparse matrix, its row starts or columns leave its shape, or an
             integer exceeds 2**53.
     """
+    if dtype is not None:
+        dtype = parse_dtype(dtype)
     if not issparse(a):
         from hbp_spmv.readers import read
 
@@ -38,8 +68,8 @@ def canonical(a: Any, dtype: DTypeLike | None = None) -> csr_array:
     a = csr_array(a)
     _check_structure(a)
     target = np.dtype(dtype) if dtype is not None else _working_type(a.dtype)
-    if target.name not in ("float32", "float64", "complex64", "complex128"):
-        raise InputError(f"dtype: expected float32, float64 or complex, got {target.name}")
+    if target.name not in _DTYPES.values():
+        raise InputError(f"matrix: expected values of float32, float64 or complex, got {a.dtype}")
     if a.dtype.kind in "iu" and a.nnz and max(int(a.data.max()), -int(a.data.min())) > 1 << 53:
         raise InputError("matrix: an integer exceeds 2**53 and would be rounded; scale it first")
     if a.dtype.kind == "c" and target.kind != "c":

@@ -224,7 +224,7 @@ def convert(
     Args:
         source: matrix file, or a saved .hbp.safetensors.
         target: .hbp.safetensors, .mtx, .mtx.gz or .npz.
-        dtype: f32 or f64; by default that of the source.
+        dtype: f32, f64, c64 or c128; by default that of the source.
         threads: threads that the layout is chosen for.
         build: the layout, for a .hbp.safetensors.
         reading: how files are read.
@@ -232,9 +232,8 @@ def convert(
     """
     from hbp_spmv.convert import convert_file
 
-    name = {"f32": "float32", "f64": "float64"}.get(dtype or "", dtype)
     facts = convert_file(
-        source, target, dtype=name, threads=threads, config=build, reading=reading.options()
+        source, target, dtype=dtype, threads=threads, config=build, reading=reading.options()
     )
     _print_facts(facts, as_json)
 

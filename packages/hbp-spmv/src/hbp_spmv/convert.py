@@ -34,33 +34,35 @@ def convert_file(
     Args:
         source: matrix file or .hbp.safetensors.
         target: .hbp.safetensors, .mtx, .mtx.gz or .npz.
-        dtype: type of the values; by default the source's own.
+        dtype: type of the values, such as float32 or f32; by default the source's own.
         threads: threads that the layout is chosen for.
         config: layout of a .hbp.safetensors.
         reading: settings of `hbp_spmv.read`.
 
     Raises:
-        ConfigError: the suffix of `target` names no format.
-        InputError: the source cannot be read.
+        ConfigError: the suffix of `target` names no format, or `dtype` no type of values.
+        InputError: the source cannot be read, or its values do not fit `dtype`.
         CheckpointError: a saved source is damaged.
     """
+    from hbp_spmv.building import parse_dtype
     from hbp_spmv.matrix import from_csr
     from hbp_spmv.readers import read
+    from hbp_spmv.readers.finish import cast
     from hbp_spmv.storage import load
 
+    values = None if dtype is None else parse_dtype(dtype)
     saved = target.lower().endswith(".safetensors")
     if not saved:
         _require_writable(target)
     if source.lower().endswith(".safetensors"):
-        a = load(source).to_csr()
-        a = a if dtype is None else a.astype(dtype)
+        a = cast(source, load(source).to_csr(), values)
     else:
-        a = read(source, dtype=dtype, **(reading or {}))
+        a = read(source, dtype=values, **(reading or {}))
     facts = {"source": source, "target": target, "shape": a.shape, "nnz": a.nnz}
     if not saved:
         write_matrix(target, a)
         return facts | {"bytes": Path(target).stat().st_size}
-    matrix = from_csr(a, config=config, dtype=dtype, threads=threads)
+    matrix = from_csr(a, config=config, dtype=values, threads=threads)
     matrix.save(target)
     return facts | {"layout": matrix.layout, "bytes": Path(target).stat().st_size} | {
         "bytes_per_nnz": matrix.nbytes / max(a.nnz, 1), "reasons": matrix.reasons,

@@ -14,6 +14,7 @@ from scipy.sparse import csr_array
 from tenfold_core.errors import InputError
 from tenfold_core.sparse import read_matrix_market
 
+from hbp_spmv.building import parse_dtype
 from hbp_spmv.errors import ReadError
 from hbp_spmv.readers.edgelist import read_edgelist
 from hbp_spmv.readers.finish import Options, ReadInfo, cast, finish, memory_bound
@@ -84,6 +85,7 @@ def read(
         dtype: Type of the values; by default float64 for integers and patterns, else their own.
 
     Raises:
+        ConfigError: ``dtype`` is not a type that the package computes with.
         ReadError: The source cannot be trusted; one line naming file, line, fault and remedy.
 
     Example:
@@ -129,6 +131,7 @@ def read_with_info(
         sha256: Digest the file's bytes as well.
 
     Raises:
+        ConfigError: ``dtype`` is not a type that the package computes with.
         ReadError: The source cannot be trusted; one line naming file, line, fault and remedy.
     """
     options = Options(
@@ -137,7 +140,7 @@ def read_with_info(
         sum_duplicates=sum_duplicates,
         finite=finite,
         drop_zeros=drop_zeros,
-        dtype=dtype,
+        dtype=None if dtype is None else parse_dtype(dtype),
     )
     if not isinstance(source, str | PathLike):
         return finish(from_object(source, options), options)

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import coo_array, csr_array
-from tenfold_core.errors import ConfigError, InputError, TenfoldWarning
+from tenfold_core.errors import InputError, TenfoldWarning
 from tenfold_core.sparse import CSR
 
+from hbp_spmv.building import parse_dtype
 from hbp_spmv.errors import ReadError
 
 __all__ = ["Options", "Raw", "ReadInfo", "check_memory", "finish", "memory_bound"]
 
 _EXACT = 2**53  # integers beyond it have no exact float64
-_DTYPES = ("float32", "float64", "complex64", "complex128")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,11 +155,11 @@ def cast(where: str, matrix: csr_array, dtype: npt.DTypeLike | None) -> csr_arra
         ConfigError: ``dtype`` is not a type that the package computes with.
         ReadError: Values are complex or too large for ``dtype``.
     """
-    if dtype is None or np.dtype(dtype) == matrix.dtype:
+    if dtype is None:
         return matrix
-    target = np.dtype(dtype)
-    if target.name not in _DTYPES:
-        raise ConfigError(f"dtype is {target.name}, expected {', '.join(_DTYPES)}")
+    target = parse_dtype(dtype)
+    if target == matrix.dtype:
+        return matrix
     if matrix.dtype.kind == "c" and target.kind != "c":
         raise ReadError(
             f"{where}: values are complex, expected real ones for {target.name}; "
