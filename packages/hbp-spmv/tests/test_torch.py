@@ -105,12 +105,41 @@ def test_no_grad_and_inference_mode(a):
             assert not (matrix @ x).requires_grad
 
 
-def test_second_derivatives_are_refused_and_not_wrong(a):
-    x = tensor(20, requires_grad=True)
-    y = ((from_csr(a) @ x) ** 2).sum() + (x**3).sum()
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(20,), (20, 3)])
+def test_second_derivatives_pass_gradgradcheck(a, layout, shape):
+    matrix = from_csr(a, layout=layout, keep_perm=True)
+    x = tensor(*shape, requires_grad=True)
+    values = torch.tensor(a.data, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: spmv(matrix, x), (x,))
+    assert torch.autograd.gradgradcheck(lambda x, values: spmv(matrix, x, values), (x, values))
+
+
+def test_second_derivatives_by_hand():
+    # f = (2 x)^2 + x^3 at x = 3: f' = 8 x + 3 x^2 = 51, f'' = 8 + 6 x = 26
+    x = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
+    y = ((from_csr(csr_array([[2.0]])) @ x) ** 2).sum() + (x**3).sum()
     (first,) = torch.autograd.grad(y, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert first.tolist() == [51]
+    assert second.tolist() == [26]
+
+
+@pytest.mark.parametrize("shape", [(20,), (20, 3)])
+@pytest.mark.parametrize("factor", [1, 1 - 2j])
+def test_complex_gradients_pass_gradcheck(a, shape, factor):
+    matrix = from_csr(a * factor, layout="csr")
+    z = torch.complex(tensor(*shape), tensor(*shape).flip(0)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: spmv(matrix, z), (z,))
+    assert torch.autograd.gradgradcheck(lambda z: spmv(matrix, z), (z,))
+
+
+def test_complex_matrices_have_real_gradients_of_real_operands(a):
+    matrix = from_csr(a * (1 - 2j))
+    x = tensor(20, requires_grad=True)
+    values = torch.tensor(a.data * (1 - 2j), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: spmv(matrix, x), (x,))
+    assert torch.autograd.gradcheck(lambda x, values: spmv(matrix, x, values), (x, values))
 
 
 def test_a_step_of_gradient_descent_lowers_a_residual(a):
