@@ -99,6 +99,14 @@ def test_published_arithmetic_covers_order_321821_exactly_once():
     assert_array_equal(np.unique(strips), np.arange(79))
 
 
+def test_published_arithmetic_when_the_last_team_is_short():
+    # T = 2, b = 2, F = 2: 1 of 5 block rows is left, fewer than b; res = 8*5 - 2*2*8 - 0*1 = 8
+    a = published_allocation(5, 8, 16)
+    assert (a.teams, a.run, a.full, a.competitive) == (2, 2, 2, 8)
+    blocks = fixed_runs(a) + [published_block(a, ticket) for ticket in range(a.competitive)]
+    assert len(blocks) == len(set(blocks)) == 40
+
+
 @pytest.mark.parametrize(("block_rows", "strips"), [(255, 1), (1, 1), (3, 79), (63, 4)])
 def test_published_arithmetic_divides_by_zero_on_narrow_matrices(block_rows, strips):
     with pytest.raises(ConfigError, match=r"divides by zero here.*schedule='mixed'"):
