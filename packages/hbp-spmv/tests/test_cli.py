@@ -54,6 +54,70 @@ def refused(argv, capsys, *, code=2, run=main):
     return captured.err
 
 
+WITHOUT_NUMBA = """
+import sys
+sys.modules["numba"] = None
+from hbp_spmv.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def without_numba(code, *arguments):
+    """Run code in a process in which numba cannot be imported."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+
+
+@pytest.mark.parametrize("verb", ["info", "calibrate", "warmup"])
+def test_without_numba_a_verb_that_needs_it_says_so_in_one_line(verb, matrix):
+    found = without_numba(WITHOUT_NUMBA, verb, *([matrix] if verb == "info" else []))
+    assert (found.returncode, found.stdout) == (2, "")
+    assert len(found.stderr.splitlines()) == 1, found.stderr
+    assert (
+        f"error: {verb} needs compiled kernels, and numba does not work here (Mod" in found.stderr
+    )
+    assert "pip install numba" in found.stderr
+
+
+@pytest.mark.parametrize("verb", ["bench", "convert", "generate", "select"])
+def test_without_numba_the_other_verbs_work(verb, matrix, tmp_path):
+    argv = {
+        "bench": [matrix, "--formats", "all", "--min-time", 0, "--repeats", 3, "--threads", 1],
+        "convert": [matrix, tmp_path / "x.npz"],
+        "generate": ["stencil5", "--n", 4, "--out", tmp_path / "x.mtx"],
+        "select": [matrix],
+    }[verb]
+    found = without_numba(WITHOUT_NUMBA, verb, *argv, "--json")
+    assert found.returncode == 0, found.stderr
+    result = json.loads(found.stdout)
+    if verb == "bench":
+        formats = {row["format"] for row in result["rows"] if row["us"]}
+        assert {"auto", "csr-scipy", "coo", "bsr"} <= formats
+        assert not formats & {"csr-merge", "sell", "ell", "2d", "sort2D", "DP2D", "hbp-csr"}
+        for name in ("hbp-compact", "hbp-csr", "hbp-paper", "csr-merge", "sell", "ell", "DP2D"):
+            assert f"left out: {name}: numba does not work here" in found.stderr
+            assert f"left out: {name}: numba does not work here" in result["notes"]
+
+
+def test_without_numba_the_reordering_says_so_and_its_parameters_are_there():
+    code = """
+import sys
+sys.modules["numba"] = None
+import hbp_spmv as hbp
+from tenfold_core.errors import MissingExtraError
+print(hbp.HashParams(s=5).s)
+try:
+    hbp.reorder([1, 2])
+except MissingExtraError as error:
+    print(error)
+"""
+    found = without_numba(code)
+    assert found.returncode == 0, found.stderr
+    shift, text = found.stdout.splitlines()
+    assert shift == "5"
+    assert text.startswith("hbp_spmv.hashing needs numba, which does not work here (Module")
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_of_every_verb_is_fast_because_it_loads_nothing(verb):
     command = [sys.executable, "-c", PROBE % (HEAVY,), "hbp-spmv", verb, "--help"]

@@ -7,7 +7,7 @@ from typing import Any
 _MODULE_OF = {
     "BuildConfig": "config",
     "HBPMatrix": "matrix",
-    "HashParams": "hashing",
+    "HashParams": "config",
     "PAPER": "config",
     "ReadError": "errors",
     "VerificationError": "errors",

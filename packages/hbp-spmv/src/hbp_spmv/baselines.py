@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from tenfold_core.errors import InputError
 
+from hbp_spmv.building import kernels_work
+
 __all__ = ["BASELINES", "Baseline", "Operator"]
 
 BLOCK_SIZES = (1, 2, 3, 4, 6, 8)
@@ -69,6 +71,10 @@ class Baseline:
 
 def _always() -> None:
     return None
+
+
+def _compiled() -> str | None:
+    return None if kernels_work() else "numba does not work here"
 
 
 def _needs(module: str, remedy: str) -> Callable[[], str | None]:
@@ -259,13 +265,16 @@ BASELINES: dict[str, Baseline] = {
         Baseline(
             "csr-merge",
             "merge path of Merrill and Garland",
-            _always,
+            _compiled,
             _stored("csr-merge", "merge_path"),
         ),
         Baseline(
-            "sell", "SELL-C-sigma, C = 8, padding masked", _always, _stored("sell", "sell_c_sigma")
+            "sell",
+            "SELL-C-sigma, C = 8, padding masked",
+            _compiled,
+            _stored("sell", "sell_c_sigma"),
         ),
-        Baseline("ell", "ELLPACK, padding masked", _always, _stored("ell", "ell")),
+        Baseline("ell", "ELLPACK, padding masked", _compiled, _stored("ell", "ell")),
         Baseline("coo", "SciPy's coordinate product, single-threaded", _always, _coo, _ALL_TYPES),
         Baseline(
             "bsr",
@@ -274,14 +283,14 @@ BASELINES: dict[str, Baseline] = {
             _bsr,
             _ALL_TYPES,
         ),
-        Baseline("2d", "published blocks, rows as they are", _always, _blocks("2d", "none")),
+        Baseline("2d", "published blocks, rows as they are", _compiled, _blocks("2d", "none")),
         Baseline(
             "sort2D",
             "published blocks, rows merge-sorted by length",
-            _always,
+            _compiled,
             _blocks("sort2D", "sort"),
         ),
-        Baseline("DP2D", "DP2D (reimplemented from the abstract)", _always, _dp2d),
+        Baseline("DP2D", "DP2D (reimplemented from the abstract)", _compiled, _dp2d),
     )
 }
 """Every CPU baseline by name, in the order in which tables show them."""

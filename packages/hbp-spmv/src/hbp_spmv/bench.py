@@ -19,11 +19,11 @@ from tenfold_core.errors import ConfigError, InputError, TenfoldError
 from tenfold_core.run.checkpoint import resume_token
 from tenfold_core.run.rows import plain
 
+from hbp_spmv.building import kernels_work
 from hbp_spmv.calibration import Calibration, calibrate, load_calibration
 from hbp_spmv.evaluate import Protocol, Subject, resolve_formats
 from hbp_spmv.inputs import Source
 from hbp_spmv.output import Output, check_output
-from hbp_spmv.preprocessing import reorder_times
 from hbp_spmv.summary import record_metrics
 
 __all__ = ["BenchConfig", "Result", "demo_config", "machine", "run"]
@@ -90,9 +90,12 @@ class Result:
 
 
 def machine(say: Callable[[str], None] = lambda text: None) -> Calibration:
-    """Return this host's calibration, measuring it first if that was never done."""
+    """Return this host's calibration, measuring it first if that was never done.
+
+    A host without compiled kernels cannot be measured; it has that of `load_calibration`.
+    """
     found = load_calibration()
-    if found.cpu != "default":
+    if found.cpu != "default" or not kernels_work():
         return found
     say("measuring this machine once (a few seconds)")
     return calibrate()
@@ -135,6 +138,9 @@ def run(
         sources = [_loaded(sources[0])]
     for text in left_out:
         say(f"left out: {text}")
+    if config.reorder and not kernels_work():
+        left_out.append("row orders: numba does not work here")
+        say(f"left out: {left_out[-1]}")
     _warn_if_busy(say)
     result = Result(machine(say), notes=[f"left out: {text}" for text in left_out])
     with ExitStack() as stack:
@@ -190,7 +196,7 @@ def _measure(
         except TenfoldError as error:
             result.unread.append(str(error))
             continue
-        if config.reorder and source.name not in ordered:
+        if config.reorder and kernels_work() and source.name not in ordered:
             result.reorderings += _reorder_rows(subject)
         for dtype, threads in cases:
             rows = subject.measure(formats, dtype, threads, result.calibration)
@@ -203,6 +209,8 @@ def _measure(
 
 
 def _reorder_rows(subject: Subject) -> Rows:
+    from hbp_spmv.preprocessing import reorder_times  # compiled; only where that is possible
+
     facts = subject.facts()
     return [
         {**facts, "method": method, **plain(found)}

@@ -2,6 +2,7 @@
 """From any sparse matrix to a stored layout: canonical CSR, available kernels, threads, build."""
 
 import warnings
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ __all__ = [
     "canonical",
     "kernels_work",
     "parse_dtype",
+    "require_kernels",
     "workers_for",
 ]
 
@@ -144,22 +146,40 @@ def build_layout(matrix: csr_array, config: BuildConfig) -> Any:
 _KERNELS: list[bool] = []
 
 
+@cache
+def _fault() -> str | None:
+    try:
+        import hbp_spmv.kernels.pool  # noqa: F401
+    except Exception as error:  # numba missing, its cache read-only, or an LLVM it cannot use
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
 def kernels_work() -> bool:
     """Tell whether numba can compile here; if not, warn once that SciPy multiplies."""
     if not _KERNELS:
-        try:
-            import hbp_spmv.kernels.pool
-
-            _KERNELS.append(hbp_spmv.kernels.pool.MAX_WORKERS > 0)
-        except Exception as error:  # numba missing, its cache read-only, or an LLVM it cannot use
+        if fault := _fault():
             warnings.warn(
-                f"compiled kernels are not available ({type(error).__name__}: {error}); "
-                "products run in SciPy",
+                f"compiled kernels are not available ({fault}); products run in SciPy",
                 TenfoldWarning,
                 stacklevel=3,
             )
-            _KERNELS.append(False)
+        _KERNELS.append(fault is None)
     return _KERNELS[0]
+
+
+def require_kernels(what: str) -> None:
+    """Refuse `what` where numba cannot compile.
+
+    Raises:
+        MissingExtraError: compiled kernels are not available.
+    """
+    works = _KERNELS[0] if _KERNELS else _fault() is None
+    if not works:
+        raise MissingExtraError(
+            f"{what} needs compiled kernels, and numba does not work here ({_fault()}); "
+            "install it again: pip install numba"
+        )
 
 
 def workers_for(threads: int | None, nnz: int) -> int:

@@ -24,6 +24,8 @@ from tenfold_core.errors import TenfoldWarning
 from tenfold_core.run.checkpoint import atomic_path
 from tenfold_core.run.seeds import generator
 
+from hbp_spmv.building import require_kernels
+
 __all__ = ["DEFAULT", "Calibration", "calibrate", "hardware_gather", "load_calibration"]
 
 
@@ -180,7 +182,11 @@ def calibrate(*, save: bool = True) -> Calibration:
 
     Args:
         save: keep the result in the user's cache folder for later processes.
+
+    Raises:
+        MissingExtraError: numba does not work here, so there are no kernels to measure.
     """
+    require_kernels("calibrate")
     rng = generator(0, "lengths")
     long = _sample(np.full(1000, 64), 4096)
     short = _sample(np.full(16_000, 4), 4096)

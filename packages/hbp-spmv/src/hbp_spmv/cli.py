@@ -204,6 +204,9 @@ def info(file: Positional[str], *, reading: Reading = _READING, as_json: Json = 
         facts |= asdict(matrix.stats) | {"config": asdict(matrix.config)}
         _print_facts(facts, as_json)
         return
+    from hbp_spmv.building import require_kernels
+
+    require_kernels("info")
     from hbp_spmv.info import describe_file
 
     _print_facts(describe_file(file, **reading.options()), as_json)

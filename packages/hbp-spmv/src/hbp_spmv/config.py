@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a matrix is laid out: the one dataclass that API, command line and records share."""
+"""How a matrix is laid out: the settings that API, command line and records share."""
 
 from dataclasses import dataclass
 
 from tenfold_core.errors import ConfigError
 
-__all__ = ["LAYOUTS", "PAPER", "BuildConfig"]
+__all__ = ["LAYOUTS", "PAPER", "PAPER_HASH", "BuildConfig", "HashParams"]
 
 LAYOUTS = ("auto", "compact", "paper", "csr")
 _HASHES = ("lut", "paper", "tuned", "sort", "none")
@@ -21,6 +21,31 @@ def _one_of(name: str, value: object, allowed: tuple) -> None:
 def _in_range(name: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ConfigError(f"{name}: expected an int in {low}..{high}, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HashParams:
+    """Parameters of the published hash `a(k) = ((b >> s) << t) + u*b`, `b = max(k - k0, 0)`."""
+
+    k0: int = 0
+    """Lengths up to k0 share home slot 0."""
+    s: int = 4
+    """Right shift: 2**s neighbouring lengths share a home."""
+    t: int = 8
+    """Left shift: homes lie 2**t slots apart."""
+    u: int = 0
+    """Linear term."""
+
+    def __post_init__(self) -> None:
+        for name in ("k0", "s", "t", "u"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 0 <= value <= 31:
+                raise ConfigError(
+                    f"hash parameter {name!r}: expected an int in 0..31, got {value!r}"
+                )
+
+
+PAPER_HASH = HashParams()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,11 +13,11 @@ a row out never costs more. The search is kept nevertheless: its cost is what is
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from tenfold_core.errors import InputError
 
+from hbp_spmv.compiled import njit
 from hbp_spmv.hashing import place_sorted
 from hbp_spmv.kernels.dp2d import FIELDS
 

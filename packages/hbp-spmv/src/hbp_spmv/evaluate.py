@@ -25,7 +25,7 @@ from tenfold_core.run.seeds import generator
 from tenfold_core.sparse import CSR, error_over_bound, reference_product
 
 from hbp_spmv.baselines import BASELINES
-from hbp_spmv.building import canonical
+from hbp_spmv.building import canonical, kernels_work
 from hbp_spmv.calibration import Calibration
 from hbp_spmv.errors import VerificationError
 from hbp_spmv.matrix import HBPMatrix, from_csr
@@ -169,7 +169,7 @@ def resolve_formats(names: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
                 f"formats: {name!r} is not known, expected all, {', '.join(known.values())}"
             )
         for format_ in wanted:
-            reason = BASELINES[format_].probe() if format_ in BASELINES else None
+            reason = BASELINES[format_].probe() if format_ in BASELINES else _fault(format_)
             if reason and named:
                 raise MissingExtraError(f"format {format_!r}: {reason}")
             if reason:
@@ -177,6 +177,11 @@ def resolve_formats(names: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
             elif format_ not in chosen:
                 chosen.append(format_)
     return tuple(chosen if BASE in chosen else [*chosen, BASE]), left_out
+
+
+def _fault(name: str) -> str | None:
+    """Return why one of our formats cannot run; `auto` takes SciPy where nothing can compile."""
+    return None if name == "auto" or kernels_work() else "numba does not work here"
 
 
 class Subject:

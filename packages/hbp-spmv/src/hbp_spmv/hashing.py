@@ -4,24 +4,24 @@
 Two hashes are implemented beside plain sorting:
 
 * `paper`: home slot `a(k) = ((b >> s) << t) + u*b` with `b = max(k - k0, 0)`, collisions resolved
-by
-  an outward search. The published search is quadratic when rows share a home; here two union-find
-  arrays ("next free slot above", "next free slot below") give the same placement in near-linear
-  time.
+  by an outward search. The published search is quadratic when rows share a home; here two
+  union-find arrays ("next free slot above", "next free slot below") give the same placement in
+  near-linear time.
 * `lut`: a monotone table of at most 32 length classes, built once per matrix from its histogram; a
-row
-  goes to its class's range at its rank in row order. It has sorting's quality without comparisons.
+  row goes to its class's range at its rank in row order. It has sorting's quality without
+  comparisons.
 
 A placement is the array `output_hash`: `output_hash[slot]` is the local row placed in that slot.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 from tenfold_core.errors import ConfigError, InputError
+
+from hbp_spmv.compiled import njit
+from hbp_spmv.config import PAPER_HASH, HashParams
 
 __all__ = [
     "CAP",
@@ -44,31 +44,6 @@ OWN_CLASS = 8
 """Lengths 0..8 have a class each."""
 
 HASHES = ("lut", "paper", "tuned", "sort", "none")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HashParams:
-    """Parameters of the published hash `a(k) = ((b >> s) << t) + u*b`, `b = max(k - k0, 0)`."""
-
-    k0: int = 0
-    """Lengths up to k0 share home slot 0."""
-    s: int = 4
-    """Right shift: 2**s neighbouring lengths share a home."""
-    t: int = 8
-    """Left shift: homes lie 2**t slots apart."""
-    u: int = 0
-    """Linear term."""
-
-    def __post_init__(self) -> None:
-        for name in ("k0", "s", "t", "u"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or not 0 <= value <= 31:
-                raise ConfigError(
-                    f"hash parameter {name!r}: expected an int in 0..31, got {value!r}"
-                )
-
-
-PAPER_HASH = HashParams()
 
 
 @njit(nogil=True, cache=True)

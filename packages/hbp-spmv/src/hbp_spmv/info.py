@@ -9,10 +9,10 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from hbp_spmv.compiled import njit
 from hbp_spmv.hashing import MAX_CLASSES, length_classes, place_classes
 
 __all__ = ["MatrixInfo", "describe_file", "matrix_info"]

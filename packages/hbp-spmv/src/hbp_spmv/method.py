@@ -26,11 +26,11 @@ Slots of block (i, j) start at i*M*C + j*e, its groups at i*ceil(M/W)*C + j*ceil
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from tenfold_core.errors import InputError
 
+from hbp_spmv.compiled import njit
 from hbp_spmv.config import BuildConfig
 from hbp_spmv.hashing import (
     MAX_CLASSES,

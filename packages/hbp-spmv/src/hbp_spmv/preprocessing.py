@@ -13,11 +13,11 @@ from statistics import median
 from time import perf_counter
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from tenfold_core.errors import ConfigError
 
+from hbp_spmv.compiled import njit
 from hbp_spmv.dp2d import ALPHA, cut_groups
 from hbp_spmv.hashing import (
     MAX_CLASSES,

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from hbp_spmv.hashing import PAPER_HASH, HashParams
+from hbp_spmv.config import PAPER_HASH, HashParams
 
 __all__ = ["build_paper", "place_paper", "product_paper"]
 

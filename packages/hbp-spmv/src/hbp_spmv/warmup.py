@@ -10,10 +10,10 @@ from scipy.sparse import csr_array
 from tenfold_core.errors import TenfoldError
 
 from hbp_spmv.baselines import BASELINES
+from hbp_spmv.building import require_kernels
 from hbp_spmv.calibration import load_calibration
 from hbp_spmv.generate import powerlaw
 from hbp_spmv.matrix import from_csr
-from hbp_spmv.preprocessing import reorder_times
 
 __all__ = ["compile_all"]
 
@@ -29,7 +29,13 @@ def compile_all(
     Args:
         full: every number of lanes, not the usual one alone.
         say: called with progress texts.
+
+    Raises:
+        MissingExtraError: numba does not work here, so there is nothing to compile.
     """
+    require_kernels("warmup")
+    from hbp_spmv.preprocessing import reorder_times
+
     started = time.perf_counter()
     kernels = 0
     for name, a in _samples():
