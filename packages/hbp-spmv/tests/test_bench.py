@@ -370,8 +370,36 @@ def test_row_orders_are_kept_and_resumed(sources, tmp_path):
     assert found.metrics["reorder_lut_over_sort2D"][0] > 0
 
 
-def test_the_limit_on_time_begins_nothing_new(sources, monkeypatch):
-    clock = iter([0.0, 0.0, 5.0, 99.0])
+def test_the_limit_on_time_begins_no_further_case(sources, monkeypatch):
+    clock = iter([0.0, 0.0, 5.0, 5.0, 99.0])  # start, grid, its second, third and fourth case
+    monkeypatch.setattr(bench.time, "monotonic", lambda: next(clock))
+    found = run(sources, replace(CONFIG, limit_time_s=10))
+    assert keys(found.rows)[-1] == ("grid", "float32", 1, FORMATS[-1])
+    assert found.notes[-1] == (
+        "stopped before grid, float32, threads 2: the limit on time was reached"
+    )
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "nan"])
+def test_a_limit_on_time_is_positive(limit, folder, capsys):
+    assert main(["bench", str(folder), f"--limit-time={limit}"]) == 2
+    assert "expected seconds above 0" in capsys.readouterr().err
+
+
+def test_a_failure_of_auto_is_an_exit_code_and_named(folder, monkeypatch, capsys):
+    def fail(*args, **settings):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(evaluate, "from_csr", fail)
+    argv = ["bench", str(folder / "grid8.mtx"), *BENCH, "--threads", "1", "--json", "--quiet"]
+    assert main([*argv, "--formats", "auto"]) == 1
+    place, _, reason = capsys.readouterr().err.partition(": auto failed: ")
+    assert place == "hbp-spmv: error: grid8, float64, threads 1"
+    assert reason == "RuntimeError: no luck\n"
+
+
+def test_the_limit_on_time_begins_no_further_matrix(sources, monkeypatch):
+    clock = iter([*[0.0] * 5, *[5.0] * 4, 99.0])  # four cases a matrix
     monkeypatch.setattr(bench.time, "monotonic", lambda: next(clock))
     found = run(sources, replace(CONFIG, limit_time_s=10))
     assert {row["matrix"] for row in found.rows} == {"grid", "skew"}

@@ -267,6 +267,7 @@ def test_generate_repeats_itself_for_a_seed(tmp_path):
         (["bench", "--threads", "two"], "'two' is not a number"),
         (["bench", "--threads", "0"], "found 0"),
         (["bench", "--repeats", "1"], "repeats is 1"),
+        (["bench", "--n-products", "0"], "n-products is 0"),
         (["bench", "--hot", "--cold"], "exclude each other"),
         (["bench", "--seed", "-1"], "seed is -1"),
         (["bench", "--resume"], "nothing to resume without --out"),

@@ -56,6 +56,8 @@ class BenchConfig:
         for count in self.threads:
             if not 1 <= count <= 1024:
                 raise ConfigError(f"threads: found {count}, expected 1 to 1024")
+        if self.limit_time_s is not None and not self.limit_time_s > 0:
+            raise ConfigError(f"limit-time is {self.limit_time_s}, expected seconds above 0")
         if not self.dtypes:
             raise ConfigError("dtype: found none, expected f32, f64 or both")
 
@@ -186,8 +188,7 @@ def _measure(
         if not cases:
             continue
         if time.monotonic() > deadline:
-            result.notes.append(f"stopped before {source.name}: the limit on time was reached")
-            say(result.notes[-1])
+            _stop(source.name, result, say)
             return
         if len(sources) > 1:
             say(f"{source.name} ({number} of {len(sources)})")
@@ -198,7 +199,10 @@ def _measure(
             continue
         if config.reorder and kernels_work() and source.name not in ordered:
             result.reorderings += _reorder_rows(subject)
-        for dtype, threads in cases:
+        for place, (dtype, threads) in enumerate(cases):
+            if place and time.monotonic() > deadline:
+                _stop(f"{source.name}, {dtype}, threads {threads}", result, say)
+                return
             rows = subject.measure(formats, dtype, threads, result.calibration)
             if output is not None:
                 output.append(rows, result.reorderings)
@@ -206,6 +210,11 @@ def _measure(
             on_case(rows, result.calibration)
     if not result.rows and result.unread:
         raise InputError(f"{result.unread[0]} (and no other matrix could be read)")
+
+
+def _stop(before: str, result: Result, say: Callable[[str], None]) -> None:
+    result.notes.append(f"stopped before {before}: the limit on time was reached")
+    say(result.notes[-1])
 
 
 def _reorder_rows(subject: Subject) -> Rows:

@@ -67,7 +67,7 @@ def bench_main(argv: Sequence[str] | None = None) -> int:
 def demo(
     *, out: Out = None, seed: int = 0, device: Device = "auto", as_json: Json = False,
     quiet: Quiet = False,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     """Show the claim on matrices made here: reordering by hash, and products against libraries.
 
     Args:
@@ -96,12 +96,13 @@ def demo(
     )
     if as_json:
         _print_result(found)
-        return
+        return _exit_code(found)
     print()
     title, cells = "Reordering the rows of all blocks", order_cells(found.reorderings)
     print_table(ORDER_COLUMNS, cells, title=title, stream=sys.stdout)
     print("\nClaims, judged on these matrices")
     print("\n".join(claim_lines(found.rows, found.reorderings)))
+    return _exit_code(found)
 
 
 def bench(
@@ -185,7 +186,7 @@ def bench(
         _print_result(found)
     elif len(sources) > 1:
         print_metrics(found.metrics)
-    return 2 if found.unread else 0
+    return _exit_code(found)
 
 
 def info(file: Positional[str], *, reading: Reading = _READING, as_json: Json = False) -> None:
@@ -466,6 +467,15 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " x ".join(map(_text, value)) or "-"
     return "-" if value is None else str(value)
+
+
+def _exit_code(found: Any) -> int:
+    """Return 1 if `auto` failed somewhere, 2 if a matrix could not be read; say where it failed."""
+    failed = [row for row in found.rows if row["format"] == "auto" and row["error"]]
+    for row in failed:
+        case = f"{row['matrix']}, {row['dtype']}, threads {row['threads']}"
+        print(f"hbp-spmv: error: {case}: auto failed: {row['error']}", file=sys.stderr)
+    return 1 if failed else 2 if found.unread else 0
 
 
 def _print_result(found: Any) -> None:

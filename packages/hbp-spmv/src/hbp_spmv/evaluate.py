@@ -130,6 +130,8 @@ class Protocol:
             raise ConfigError(f"repeats is {self.repeats}, expected at least 3 for a spread")
         if not 0 <= self.min_time_s <= 600:
             raise ConfigError(f"min-time is {self.min_time_s}, expected 0 to 600 seconds")
+        if self.n_products < 1:
+            raise ConfigError(f"n-products is {self.n_products}, expected at least 1")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}, expected a number that is not negative")
 
