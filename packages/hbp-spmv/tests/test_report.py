@@ -142,6 +142,18 @@ def test_claims_pass_and_miss_by_their_targets():
     assert best.found == "0 % of 1, least 0.86x"
 
 
+def test_without_torch_the_claim_about_libraries_is_not_judged():
+    text = "auto against the best of SciPy and torch, f64, 1 thread"
+    rows = [row for row in case() if row["format"] != "csr-torch"]
+    (claim,) = [claim for claim in claims(rows, []) if claim.text == text]
+    assert claim.passed is None
+    assert claim.found == "torch not installed; against SciPy only: 100 % of 1, least 2.00x"
+    rows += [failed_row("csr-torch", "RuntimeError: x"), *case(matrix="n")]
+    (claim,) = [claim for claim in claims(rows, []) if claim.text == text]
+    assert claim.passed is None
+    assert claim.found.startswith("torch failed on m; against SciPy only there: 100 % of 2")
+
+
 def test_claims_that_nothing_was_measured_for_are_told_so():
     small = claims(case(nnz=100), [])
     assert {claim.passed for claim in small} == {None}
