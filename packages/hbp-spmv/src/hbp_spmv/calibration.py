@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,16 @@ def _path() -> Path:
 
 _LOADED: list[Calibration] = []
 _WARNED: list[bool] = []
+# RuntimeError: the user has no home, or the file nests without end
+_UNUSABLE = (
+    OSError,
+    ArithmeticError,
+    LookupError,
+    RuntimeError,
+    AttributeError,
+    TypeError,
+    ValueError,
+)
 
 
 def load_calibration() -> Calibration:
@@ -102,21 +113,28 @@ def load_calibration() -> Calibration:
     if not _LOADED:
         try:
             _LOADED.append(_calibration(json.loads(_path().read_text(encoding="utf-8"))))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError):
-            _LOADED.append(DEFAULT)  # RuntimeError: the user has no home
+        except _UNUSABLE:
+            _LOADED.append(DEFAULT)
     return _LOADED[0]
 
 
 def _calibration(values: dict[str, Any]) -> Calibration:
     """Return a calibration made of a file's values; what could not be measured is refused."""
-    pairs = tuple((int(size), float(rate)) for size, rate in values.pop("bandwidth"))
+    pairs = tuple((size, rate) for size, rate in values.pop("bandwidth"))
     found = Calibration(bandwidth=pairs, **values)
     costs = [getattr(found, f.name) for f in fields(found) if f.name.endswith(("_ns", "_us"))]
-    good = bool(pairs) and all(0 < rate < math.inf for _, rate in pairs)
-    good = good and all(0 <= cost < math.inf for cost in costs)
-    if not good or not isinstance(found.gather, bool):
+    sizes, rates = [size for size, _ in pairs], [rate for _, rate in pairs]
+    good = bool(pairs) and all(type(size) is int and size > 0 for size in sizes)
+    good = good and all(low < high for low, high in pairwise(sizes))
+    good = good and all(_measured(rate) and rate > 0 for rate in rates)
+    good = good and all(_measured(cost) and cost >= 0 for cost in costs)
+    if not good or not isinstance(found.gather, bool) or not isinstance(found.cpu, str):
         raise ValueError("a cost or a rate is out of range")
     return found
+
+
+def _measured(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def hardware_gather() -> bool:
