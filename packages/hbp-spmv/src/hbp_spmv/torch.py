@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from tenfold_core.errors import InputError
-from torch.autograd.function import once_differentiable
 
 from hbp_spmv.matrix import HBPMatrix
 
@@ -19,7 +18,8 @@ __all__ = ["as_array", "csr_product", "spmv"]
 
 
 def spmv(matrix: HBPMatrix, x: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
-    """Multiply with gradients: `grad_x = A.T @ g` and, if given, `grad_values = g[row] * x[col]`.
+    """Multiply with gradients: `A.conj().T @ g` for x and, if given, `g[row] * conj(x[col])`
+    for values. Second derivatives work as well.
 
     Args:
         matrix: the matrix A.
@@ -62,24 +62,38 @@ class _SpMV(torch.autograd.Function):
     ) -> torch.Tensor:
         if values is not None:
             matrix = matrix.update_values(as_array(values, "values"))
+            ctx.save_for_backward(x, values)
         ctx.matrix = matrix
-        ctx.save_for_backward(x)
+        ctx.x_is_complex = x.is_complex()
         return torch.from_numpy(np.asarray(matrix @ as_array(x)))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # type: ignore[bad-override]
-        (x,) = ctx.saved_tensors
-        grad_x = grad_values = None
-        g = gradients[0].detach().contiguous()
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, values = ctx.saved_tensors or (None, None)
+        twice = torch.is_grad_enabled()  # the gradient is itself to be differentiated
+        grad_x = grad_values = rows = cols = None
+        if values is not None and (twice or ctx.needs_input_grad[1]):
+            rows, cols = _coordinates(ctx.matrix)
         if ctx.needs_input_grad[0]:
-            grad_x = torch.from_numpy(np.asarray(ctx.matrix.rmatvec(g.numpy())))
+            if values is not None and twice:
+                factors = values.conj() if gradient.ndim == 1 else values.conj()[:, None]
+                zeros = gradient.new_zeros(ctx.matrix.shape[1], *gradient.shape[1:])
+                grad_x = zeros.index_add(0, cols, factors * gradient[rows])
+            else:  # A.conj().T @ g
+                grad_x = _SpMV.apply(gradient.conj(), None, ctx.matrix.T).conj().resolve_conj()
+            grad_x = grad_x if ctx.x_is_complex else grad_x.real
         if ctx.needs_input_grad[1]:
-            pattern = ctx.matrix.to_csr()
-            rows = np.repeat(np.arange(pattern.shape[0]), np.diff(pattern.indptr))
-            products = g[torch.from_numpy(rows)] * x.detach()[torch.from_numpy(pattern.indices)]
-            grad_values = products if products.ndim == 1 else products.sum(dim=1)
+            grad_values = gradient[rows] * x[cols].conj()
+            grad_values = grad_values if grad_values.ndim == 1 else grad_values.sum(dim=1)
+            grad_values = grad_values if values.is_complex() else grad_values.real
         return grad_x, grad_values, None
+
+
+def _coordinates(matrix: HBPMatrix) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return row and column of each entry in the order of `to_csr()`."""
+    pattern = matrix.to_csr()
+    rows = np.repeat(np.arange(pattern.shape[0]), np.diff(pattern.indptr))
+    return torch.from_numpy(rows), torch.from_numpy(pattern.indices.astype(np.int64))
 
 
 def csr_product(
