@@ -115,6 +115,19 @@ def test_a_segment_never_spans_more_columns_than_16_bits_reach():
     assert_close_to_reference(matrix @ x, CSR.from_scipy(a), x)
 
 
+@pytest.mark.parametrize(("last", "segments"), [(65_535, 1), (65_536, 2)])
+def test_the_span_of_a_segment_ends_at_65536_columns(last, segments):
+    col = np.append(np.arange(200), [last, *range(300)])
+    ptr = np.append(0, np.arange(201, 502))
+    a = csr_array((np.arange(1.0, 502), col, ptr), shape=(301, 100_000))
+    matrix = build(a)
+    x = np.zeros(100_000)
+    x[[0, last]] = 3, 5
+    assert matrix.stats.index_bits == 16
+    assert len(matrix.arrays()["segment_base"]) == segments
+    assert (matrix @ x)[0] == 1 * 3 + 201 * 5
+
+
 @pytest.mark.parametrize("columns", [65536, 65537, 200_000])
 def test_narrow_groups_of_wide_matrices_take_16_bit_offsets(columns):
     a = _band(columns, 300)
