@@ -260,6 +260,7 @@ def test_generate_repeats_itself_for_a_seed(tmp_path):
         (["generate", "nothing", "-o", "x.mtx"], "'nothing' is not known"),
         (["generate", "rmat", "--per-row", "3", "-o", "x.mtx"], "does not take 'per_row'"),
         (["generate", "stencil5", "--n", "0", "-o", "x.mtx"], "n is 0"),
+        (["generate", "stencil7", "--n", "1000000", "-o", "x.mtx"], "the memory of this machine"),
         (["generate", "stencil5", "-o", "x.parquet"], "expected a name in"),
         (["bench", "--formats", "csr-nope"], "'csr-nope' is not known, expected all, auto"),
         (["bench", "--dtype", "f16"], "'f16' is not known"),

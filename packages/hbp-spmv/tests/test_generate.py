@@ -202,6 +202,31 @@ def test_settings_out_of_range_are_refused(name, arguments, text):
         GENERATORS[name](**arguments)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("stencil5", {"n": 10**9}),
+        ("stencil7", {"n": 10**6}),
+        ("stencil27", {"n": 10**200}),
+        ("rmat", {"scale": 30, "edge_factor": 10**6}),
+        ("banded", {"n": 10**14, "per_row": 1}),
+        ("powerlaw", {"n": 10**14}),
+        ("delaunay_p1", {"points": 10**13}),
+        ("transport", {"sources": 10**7, "sinks": 10**7}),
+    ],
+)
+def test_a_matrix_beyond_the_memory_is_refused_before_it_is_made(name, arguments):
+    with pytest.raises(ConfigError, match=rf"{name}: making it takes .* MB or more, expected at"):
+        GENERATORS[name](**arguments)
+
+
+def test_the_memory_of_the_machine_is_the_bound(monkeypatch):
+    monkeypatch.setattr(generate, "memory_limit", lambda: 10_000)
+    assert generate.stencil5(8).shape == (64, 64)  # 64 x (5 x 25 + 16) = 9024 bytes
+    with pytest.raises(ConfigError, match="expected at most 0 MB, the memory"):
+        generate.stencil5(9)
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("points", "text"),

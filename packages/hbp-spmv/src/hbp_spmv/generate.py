@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import coo_array, csr_array
+from tenfold_core.device import memory_limit
 from tenfold_core.errors import ConfigError, InputError
 
 __all__ = [
@@ -45,7 +46,7 @@ def stencil5(n: int = 256) -> csr_array:
     """Discretise the Laplacian on an ``n x n`` grid: 4 on the diagonal, -1 per neighbour.
 
     Raises:
-        ConfigError: ``n`` is not positive.
+        ConfigError: ``n`` is not positive, or the matrix exceeds the memory.
 
     Example:
         >>> stencil5(2).toarray()[0]
@@ -58,7 +59,7 @@ def stencil7(n: int = 64) -> csr_array:
     """Discretise the Laplacian on an ``n x n x n`` grid: 6 on the diagonal, -1 per neighbour.
 
     Raises:
-        ConfigError: ``n`` is not positive.
+        ConfigError: ``n`` is not positive, or the matrix exceeds the memory.
     """
     axes = np.eye(3, dtype=np.int64)
     return _grid_stencil("stencil7", n, [*axes, (0, 0, 0), *-axes])
@@ -68,7 +69,7 @@ def stencil27(n: int = 40) -> csr_array:
     """Build the HPCG operator on an ``n x n x n`` grid: 26 on the diagonal, -1 for 26 neighbours.
 
     Raises:
-        ConfigError: ``n`` is not positive.
+        ConfigError: ``n`` is not positive, or the matrix exceeds the memory.
     """
     cube = np.stack(np.meshgrid(*[[-1, 0, 1]] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
     return _grid_stencil("stencil27", n, list(cube))
@@ -80,6 +81,7 @@ def _grid_stencil(name: str, n: int, offsets: Sequence[npt.ArrayLike]) -> csr_ar
     steps = np.array(offsets, dtype=np.int64)
     dims = steps.shape[1]
     num_rows = n**dims
+    _require_memory(name, num_rows * (len(steps) * 25 + 16))
     strides = n ** np.arange(dims - 1, -1, -1, dtype=np.int64)
     steps = steps[np.argsort(steps @ strides, kind="stable")]
     index = _index_dtype(num_rows, num_rows * len(steps))
@@ -124,6 +126,7 @@ def rmat(
     rng = np.random.default_rng(seed)
     num_vertices = 2**scale
     num_edges = edge_factor * num_vertices
+    _require_memory("rmat", num_edges * 48)
     rows = np.zeros(num_edges, dtype=np.int32)
     columns = np.zeros(num_edges, dtype=np.int32)
     a, b, c, _ = np.cumsum(quadrants)
@@ -156,6 +159,7 @@ def banded(
         1 <= per_row <= room,
         f"banded: per_row is {per_row}, expected 1 to {room} (what the first row has room for)",
     )
+    _require_memory("banded", n * (per_row * 40 + 32))
     rng = np.random.default_rng(seed)
     row = np.arange(n, dtype=np.int64)
     first = np.maximum(row - bandwidth, 0)
@@ -180,6 +184,7 @@ def powerlaw(
     _require(n >= 2, f"powerlaw: n is {n}, expected at least 2")
     _require(1 <= shortest <= n, f"powerlaw: shortest is {shortest}, expected 1 to n = {n}")
     _require(exponent > 1, f"powerlaw: exponent is {exponent}, expected a number above 1")
+    _require_memory("powerlaw", n * (shortest + 1) * 40)
     rng = np.random.default_rng(seed)
     tail = shortest * (1 - rng.random(n)) ** (-1 / (exponent - 1))
     lengths = np.minimum(tail, max(n // 8, 1)).astype(np.int64)
@@ -210,6 +215,7 @@ def delaunay_p1(points: int | npt.ArrayLike = 60_000, *, seed: Seed = 0) -> csr_
 
     if isinstance(points, int | np.integer):
         _require(bool(points >= 3), f"delaunay_p1: points is {points}, expected at least 3")
+        _require_memory("delaunay_p1", int(points) * 800)
         nodes = _strip_order(np.random.default_rng(seed).random((int(points), 2)))
     else:
         nodes = np.asarray(points, dtype=np.float64)
@@ -249,6 +255,7 @@ def transport(sources: int = 300, sinks: int = 400) -> csr_array:
     """
     _require(sources >= 1, f"transport: sources is {sources}, expected at least 1")
     _require(sinks >= 1, f"transport: sinks is {sinks}, expected at least 1")
+    _require_memory("transport", sources * sinks * 64)
     shipments = np.arange(sources * sinks).reshape(sources, sinks)
     columns = np.concatenate([shipments.ravel(), shipments.T.ravel()])
     lengths = np.repeat([sinks, sources], [sources, sinks])
@@ -315,6 +322,17 @@ def suite(path: str | Path) -> Iterator[tuple[str, csr_array]]:
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(message)
+
+
+def _require_memory(name: str, num_bytes: int) -> None:
+    """Refuse a size before anything is allocated; the bytes are those of its largest arrays."""
+    # whole numbers only: a size of 200 digits does not fit a float
+    limit = memory_limit()
+    _require(
+        num_bytes <= limit,
+        f"{name}: making it takes {num_bytes // 10**6:,} MB or more, expected at most "
+        f"{limit // 10**6:,} MB, the memory of this machine; ask for a smaller one",
+    )
 
 
 def _index_dtype(largest: int, nnz: int) -> type[np.signedinteger]:
