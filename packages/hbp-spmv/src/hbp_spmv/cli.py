@@ -130,7 +130,8 @@ def bench(
     """Time the product of each matrix in several formats, against libraries and a bound.
 
     Args:
-        files: matrix files, folders of them, @suite; nothing: matrices made at run time.
+        files: matrix files, folders of them, @suite, @demo (what the extra of that name brings);
+            nothing: matrices made at run time.
         formats: names separated by commas, or all; by default auto, our layouts, SciPy, torch if
             it is installed, merge CSR and SELL.
         dtype: f32, f64 or both, separated by a comma.

@@ -36,7 +36,8 @@ def matrix_sources(
     """List the matrices that `inputs` name, without reading any.
 
     Args:
-        inputs: files, folders of files, and `@suite`; nothing at all means the generated ones.
+        inputs: files, folders of files, `@suite`, and `@demo` for what the extra of that name
+            brings (see `hbp_spmv.gallery`); nothing at all means the generated ones.
         suite: the folder that `@suite` stands for, by default that of the variable HBP_MATRICES;
             given alone it is the input.
         seed: seed of the generated matrices.
@@ -45,16 +46,26 @@ def matrix_sources(
     Raises:
         InputError: a file or folder does not exist, or holds no matrix.
         ConfigError: `@suite` is used and nothing says where it is.
+        MissingExtraError: `@demo` is used and the extra is not installed.
     """
     names = list(inputs) or (["@suite"] if suite else [])
     if not names:
         return [Source(name, partial(_generated, name, seed), f"{name} {seed}") for name in DEMO]
-    paths = list(dict.fromkeys(path for name in names for path in _paths(name, suite)))
+    files = [name for name in names if name != "@demo"]
+    paths = list(dict.fromkeys(path for name in files for path in _paths(name, suite)))
     short = [_stem(path) for path in paths]
-    return [
+    found = [
         _file(path, stem if short.count(stem) == 1 else path.as_posix(), reading)
         for path, stem in zip(paths, short, strict=True)
     ]
+    return found + _gallery() if len(files) < len(names) else found
+
+
+def _gallery() -> list[Source]:
+    from hbp_spmv.gallery import GALLERY, load_gallery, require_gallery
+
+    require_gallery()
+    return [Source(name, partial(load_gallery, name), f"@demo {name}") for name in GALLERY]
 
 
 def _paths(name: str, suite: str | None) -> list[Path]:
