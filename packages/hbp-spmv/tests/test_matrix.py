@@ -659,3 +659,21 @@ def test_every_structure_survives_every_conversion(name):
     ):
         assert isinstance(other, HBPMatrix)
         assert_allclose(other @ x, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_sparse_operands_are_named(a):
+    for x in (a.T.tocsr(), from_csr(a)):
+        with pytest.raises(InputError, match="x is a sparse matrix, expected a dense array"):
+            from_csr(a) @ x
+
+
+def test_the_stored_arrays_are_read_only(a):
+    with pytest.raises(ValueError, match="read-only"):
+        from_csr(a, layout="compact").arrays()["col"][0] = 1 << 15
+
+
+def test_a_real_beta_keeps_infinite_parts_apart(a):
+    z = a.astype(complex)
+    out = np.full(a.shape[0], complex(0, np.inf))
+    from_csr(z).matvec(np.zeros(a.shape[1], complex), out, beta=1.0)
+    assert_array_equal(out, np.full(a.shape[0], complex(0, np.inf)))

@@ -135,7 +135,7 @@ def test_real_timing_measures_both(regular):
 
 def test_the_matrix_keeps_the_reasons_and_the_chosen_layout(irregular):
     matrix = from_csr(irregular)
-    assert matrix.layout == matrix.config.layout == "compact"
+    assert (matrix.layout, matrix.config.layout) == ("compact", "auto")
     assert matrix.reasons == select(irregular).reasons
     assert matrix.reasons[0].startswith("60000 x 5000, 4.0 nonzeros a row, cv")
     assert from_csr(irregular, layout="csr").reasons == ()

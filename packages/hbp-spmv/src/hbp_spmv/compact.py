@@ -21,7 +21,7 @@ from hbp_spmv.hashing import HashParams, length_classes, quality, tune
 from hbp_spmv.kernels import build
 from hbp_spmv.kernels.compact import EMPTIES_PER_UNIT, FIELDS
 
-__all__ = ["ARRAYS", "CompactLayout"]
+__all__ = ["ARRAYS", "CompactLayout", "heavy_limit"]
 
 ARRAYS = {
     "start": np.int64,
@@ -40,6 +40,9 @@ ARRAYS = {
 SIGMAS = (512, 2048, 8192)
 SEGMENT = 2048
 """Nonzeros of a heavy row's segment."""
+FEW_SEGMENTS = 64
+FEWEST_IN_SEGMENT = 512
+"""Mean nonzeros of a segment below which 16-bit offsets cost more than they save."""
 WINDOW_SPAN = 1 << 16
 """Columns that a 16-bit offset reaches."""
 GROUP_COST = 4
@@ -189,6 +192,12 @@ class CompactLayout:
         return self.val[: self.nnz]
 
 
+def heavy_limit(rows: int, nnz: int) -> int:
+    """Return the longest row that stays in a group; longer ones are cut into segments."""
+    mean = nnz / max(rows, 1)
+    return int(min(max(128, 16 * mean), max(4096, nnz / 64)))
+
+
 class _Builder:
     """One build, step by step: parts, heavy rows, order, index width, elements."""
 
@@ -198,18 +207,21 @@ class _Builder:
         self.lanes = config.lanes or 16
         self.col = a.indices.astype(np.uint32, copy=False)
         self.uniform = all_equal(a.data)
-        mean = a.nnz / max(a.shape[0], 1)
-        self.heavy = int(min(max(128, 16 * mean), max(4096, a.nnz / 64)))
+        self.heavy = heavy_limit(a.shape[0], a.nnz)
         self.lengths = np.diff(a.indptr)
         self.classes = length_classes(self.lengths[self.lengths <= self.heavy])
 
     def build(self) -> CompactLayout:
         sigma = self.config.sigma or self._sigma()
         parts = self._parts(sigma)
-        cuts = self._cut_heavy(parts)
-        targets, segment_target, split_rows, split_start = self._targets(parts, cuts)
         order, counts = self._order(parts)
         index, floor, limit = self._index(parts, order, counts)
+        cuts = self._cut_heavy(parts, narrow=floor)
+        segments = sum(len(low) for _, low in cuts)
+        if floor and segments > max(FEW_SEGMENTS, self.a.nnz // FEWEST_IN_SEGMENT):
+            index, floor, limit = self._wide_index()
+            cuts = self._cut_heavy(parts, narrow=False)
+        targets, segment_target, split_rows, split_start = self._targets(parts, cuts)
 
         groups = int((-(-counts // self.lanes)).sum())
         segment_ptr = np.concatenate([low for _, low in cuts]) if cuts else np.empty(0, np.int64)
@@ -223,7 +235,7 @@ class _Builder:
             nnz=self.a.nnz,
             lanes=self.lanes,
             sigma=sigma,
-            strips=self.config.strips or 0,
+            strips=0 if parts.rows is None else self.config.strips,
             heavy_rows=len(cuts),
             start=np.zeros(groups + 1, np.int64),
             lengths=np.empty(groups * self.lanes, np.int32),
@@ -282,11 +294,17 @@ class _Builder:
         tops = [np.arange(e - c, e, sigma) for e, c in zip(ends, counts, strict=True)]
         return _Parts(low, high, rows, np.append(np.concatenate(tops), ends[-1]))
 
-    def _cut_heavy(self, parts: _Parts) -> list[tuple[int, NDArray[np.int64]]]:
-        """Return each heavy part with the CSR position at which each of its segments begins."""
+    def _cut_heavy(self, parts: _Parts, *, narrow: bool) -> list[tuple[int, NDArray[np.int64]]]:
+        """Return each heavy part with the CSR position at which each of its segments begins.
+
+        Segments hold at most SEGMENT nonzeros and, if `narrow`, span what 16 bits reach.
+        """
         cuts = []
         for part in np.flatnonzero(parts.high - parts.low > self.heavy):
             low, high = int(parts.low[part]), int(parts.high[part])
+            if not narrow:
+                cuts.append((int(part), np.arange(low, high, SEGMENT)))
+                continue
             starts = [low]
             while high - starts[-1] > SEGMENT or (
                 int(self.col[high - 1]) - int(self.col[starts[-1]]) >= WINDOW_SPAN
@@ -358,7 +376,7 @@ class _Builder:
         """Return the type of the column offsets, whether groups have a base, and its bound."""
         columns = self.a.shape[1]
         if self.config.index == "u32":
-            return np.uint32, False, 0
+            return self._wide_index()
         if columns <= WINDOW_SPAN:
             return np.uint16, False, 0
         limit = columns - WINDOW_SPAN
@@ -372,6 +390,9 @@ class _Builder:
                 f"index='u16': a group spans {widest + 1} columns, 16 bits reach {WINDOW_SPAN}; "
                 f"use index='auto' or strips={WINDOW_SPAN}"
             )
+        return self._wide_index()
+
+    def _wide_index(self) -> tuple[type, bool, int]:
         return np.uint32, False, 0
 
     def _segment_bases(self, first: NDArray, floor: bool, limit: int) -> NDArray[np.uint32]:

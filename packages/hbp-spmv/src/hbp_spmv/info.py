@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from hbp_spmv.compact import heavy_limit
 from hbp_spmv.compiled import njit
 from hbp_spmv.hashing import MAX_CLASSES, length_classes, place_classes
 
@@ -115,7 +116,7 @@ def matrix_info(a: csr_array, *, duplicates: int | None = None) -> MatrixInfo:
         a.indptr, a.indices, a.data, np.array(STRIP_WIDTHS)
     )
     pattern, numeric, exact = _symmetry(a)
-    heavy = int(max(128, 16 * mean))
+    heavy = heavy_limit(len(lengths), int(lengths.sum()))
     light = np.where(lengths > heavy, 0, lengths)
     groups, narrow, slots = _group(
         a.indptr, a.indices, light, length_classes(light), max(columns - SPAN, 0), LANES

@@ -33,12 +33,13 @@ class Stats:
     lane_efficiency: float
     """Nonzeros / (lanes x longest row, summed over groups); 1 is perfect."""
     std_before: float
-    """Mean standard deviation of the row lengths in groups of neighbouring rows."""
+    """Mean standard deviation of the row lengths in groups of neighbours, heavy rows aside."""
     std_after: float
     """The same after reordering."""
     groups: int
     heavy_rows: int
     strips: int
+    """Number of column strips; 1 if the columns are not cut."""
     index_bits: int
     uniform: bool
     """All values are equal and only one is stored."""
@@ -87,6 +88,9 @@ def from_csr(
         >>> H @ np.array([1.0, 2.0, 3.0])
         array([1., 2., 3.])
     """
+    foreign = sorted(set(hash_params or ()) - {"k0", "s", "t", "u"})
+    if foreign:
+        raise ConfigError(f"hash_params: unknown setting {foreign[0]!r}, expected k0, s, t, u")
     named: dict[str, Any] = {"layout": layout, "hash": hash, **(hash_params or {}), **settings}
     if block is not None:
         named["height"], named["width"] = block
@@ -107,9 +111,7 @@ def from_csr(
     if chosen.layout == "auto" and matrix.dtype.kind == "f" and kernels_work():
         from hbp_spmv.selection import choose
 
-        stored, chosen, plan = choose(
-            matrix, chosen, threads=workers, n_products=n_products, tune=tune
-        )
+        stored, _, plan = choose(matrix, chosen, threads=workers, n_products=n_products, tune=tune)
         seconds = time.perf_counter() - started
         return HBPMatrix(stored, chosen, matrix.dtype, workers, seconds, plan.reasons)
     stored = build_layout(matrix, chosen)
@@ -195,27 +197,38 @@ class HBPMatrix:
             std_after=after,
             groups=len(getattr(self._stored, "group_base", ())),
             heavy_rows=getattr(self._stored, "heavy_rows", 0),
-            strips=getattr(self._stored, "strips", 0),
+            strips=self._num_strips(),
             index_bits=8 * self._stored.arrays()["col"].dtype.itemsize,
             uniform=self._stored.uniform,
             threads=self.threads,
             build_seconds=self._build_seconds,
         )
 
+    def _num_strips(self) -> int:
+        if self.layout == "paper":
+            return self._stored.strips
+        width = getattr(self._stored, "strips", 0)
+        return -(-self.shape[1] // width) if width else 1
+
     def _std_before(self, lanes: int) -> float:
         if self.layout == "paper":
             return self._stored.unordered_quality()[1]
         if self.layout != "compact" or not self.nnz:
             return 0.0
+        from hbp_spmv.compact import heavy_limit
         from hbp_spmv.hashing import quality
 
         lengths = np.bincount(self._stored.coordinates()[0], minlength=self.shape[0])
-        _, total, groups = quality(lengths, np.flatnonzero(lengths), lanes)
+        kept = (lengths > 0) & (lengths <= heavy_limit(self.shape[0], self.nnz))
+        _, total, groups = quality(lengths, np.flatnonzero(kept), lanes)
         return total / max(groups, 1)
 
     def arrays(self) -> dict[str, NDArray]:
-        """Return the stored arrays by name; for layout 'paper' the six published ones."""
-        return self._stored.arrays()
+        """Return the stored arrays, read-only; for layout 'paper' the six published ones."""
+        views = {name: array.view() for name, array in self._stored.arrays().items()}
+        for view in views.values():
+            view.flags.writeable = False
+        return views
 
     def __repr__(self) -> str:
         rows, columns = self.shape
@@ -239,7 +252,7 @@ class HBPMatrix:
             type(array) is np.ndarray
             and array.dtype == self.dtype
             and array.shape == (size,)
-            and array.flags.c_contiguous
+            and array.flags.carray
         )
 
     def __rmatmul__(self, x: Any) -> Any:
@@ -292,8 +305,6 @@ class HBPMatrix:
         direct = accepts(out, shape, x.dtype) and not np.may_share_memory(out, x)
         if x.dtype.kind == "c" and self.dtype.kind != "c":
             return self._add_to(out, self._multiply_complex(x, alpha), beta)
-        if isinstance(alpha, complex) or isinstance(beta, complex):
-            return self._add_to(out, alpha * self._multiply(x), beta)
         if out is not None and out.dtype.kind != self.dtype.kind:
             return self._add_to(out, self._multiply(x, None, alpha), beta)
         if out is not None and direct:
@@ -371,8 +382,7 @@ class HBPMatrix:
         if self._transposed is None:
             # Columns become rows: 16-bit indices may no longer reach.
             index = "auto" if self.config.index == "u16" else self.config.index
-            layout = _rebuild_layout(self.layout)
-            config = replace(self.config, layout=layout, keep_perm=False, index=index)
+            config = replace(self.config, keep_perm=False, index=index)
             built = from_csr(self.to_csr().T.tocsr(), config=config, threads=self.threads)
             built._transposed = self
             self._transposed = built
@@ -394,7 +404,7 @@ class HBPMatrix:
         return result
 
     def astype(self, dtype: DTypeLike) -> "HBPMatrix":
-        """Return the matrix in another type, rebuilt in the same layout; complex takes SciPy's."""
+        """Return the matrix in another type, rebuilt as it was; complex ones by rows."""
         settings = {"layout": "auto"} if np.dtype(dtype).kind == "c" else {}
         return self._rebuilt(self.to_csr(), dtype=dtype, **settings)
 
@@ -503,8 +513,7 @@ class HBPMatrix:
         )
 
     def _rebuilt(self, a: csr_array, **settings: Any) -> "HBPMatrix":
-        config = replace(self.config, layout=_rebuild_layout(self.layout))
-        return from_csr(a, config=config, threads=self.threads, **settings)
+        return from_csr(a, config=self.config, threads=self.threads, **settings)
 
     def __reduce__(self) -> tuple:
         arguments = (self._stored, self.config, self.dtype, self.threads, self._build_seconds)
@@ -517,7 +526,3 @@ _LAYOUT_NAMES = {
     "RowLayout": "csr",
     "ScipyLayout": "scipy",
 }
-
-
-def _rebuild_layout(layout: str) -> str:
-    return "auto" if layout == "scipy" else layout

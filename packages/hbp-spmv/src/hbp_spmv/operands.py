@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import issparse
 from tenfold_core.errors import InputError
 
 __all__ = ["accepts", "as_factor", "as_operand"]
@@ -23,6 +24,8 @@ def as_operand(x: Any, columns: int, dtype: np.dtype) -> NDArray:
     """
     if hasattr(x, "__cuda_array_interface__"):
         raise InputError("x lies on a CUDA device, the matrix on the CPU; copy x to the host")
+    if issparse(x) or hasattr(x, "to_csr"):
+        raise InputError("x is a sparse matrix, expected a dense array; multiply H.to_csr() by it")
     x = np.asarray(x)
     if x.ndim not in (1, 2) or x.shape[0] != columns:
         raise InputError(f"x has shape {x.shape}, expected ({columns},) or ({columns}, k)")
@@ -37,7 +40,7 @@ def as_operand(x: Any, columns: int, dtype: np.dtype) -> NDArray:
         raise InputError(
             f"x has dtype {x.dtype}, the matrix {dtype}: digits would be lost; convert x{remedy}"
         )
-    return np.ascontiguousarray(x, target)
+    return np.require(x, target, ["C", "ALIGNED", "WRITEABLE"])  # else a copy
 
 
 def as_factor(name: str, value: Any, dtype: np.dtype) -> complex:

@@ -17,6 +17,7 @@ from tenfold_core.device import cpu_info
 from tenfold_core.errors import ConfigError
 
 from hbp_spmv.calibration import PREDICTED_ROWS, Calibration, load_calibration
+from hbp_spmv.compact import heavy_limit
 from hbp_spmv.config import BuildConfig
 
 __all__ = ["Features", "Plan", "choose", "features", "predict", "select"]
@@ -77,7 +78,7 @@ def features(a: csr_array, lanes: int = 16) -> Features:
     rows, columns = a.shape
     lengths = np.diff(a.indptr)
     mean = a.nnz / max(rows, 1)
-    heavy = max(128, 16 * mean)
+    heavy = heavy_limit(rows, a.nnz)
     sample = _sample_rows(lengths)
     slots = 1.0
     light = np.where(sample > heavy, 0, sample).astype(np.int64)

@@ -18,8 +18,9 @@ __all__ = ["as_array", "csr_product", "spmv"]
 
 
 def spmv(matrix: HBPMatrix, x: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
-    """Multiply with gradients: `A.conj().T @ g` for x and, if given, `g[row] * conj(x[col])`
-    for values. Second derivatives work as well.
+    """Multiply with gradients: `A.conj().T @ g` for x, `g[row] * conj(x[col])` for values.
+
+    Second derivatives work as well.
 
     Args:
         matrix: the matrix A.

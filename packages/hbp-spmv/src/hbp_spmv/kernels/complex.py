@@ -67,16 +67,19 @@ def _factor(job, real, imaginary, size):
 def _put(y, row, real, imaginary, alpha, beta, size):
     """Write `alpha * sum + beta * y[row]`; y is not read when beta is 0."""
     literally(size)
-    out = alpha[0] * real - alpha[1] * imaginary
-    out_imaginary = alpha[0] * imaginary + alpha[1] * real
-    if alpha[1] == 0:  # 0 * inf must not reach the other part
-        out = alpha[0] * real
-        out_imaginary = alpha[0] * imaginary
+    out = alpha[0] * real
+    out_imaginary = alpha[0] * imaginary
+    if alpha[1] != 0:  # else 0 * inf would reach the other part
+        out -= alpha[1] * imaginary
+        out_imaginary += alpha[1] * real
     if beta[0] != 0 or beta[1] != 0:
         old = load_float(y, 2 * row, size)
         old_imaginary = load_float(y, 2 * row + 1, size)
-        out += beta[0] * old - beta[1] * old_imaginary
-        out_imaginary += beta[0] * old_imaginary + beta[1] * old
+        out += beta[0] * old
+        out_imaginary += beta[0] * old_imaginary
+        if beta[1] != 0:
+            out -= beta[1] * old_imaginary
+            out_imaginary += beta[1] * old
     store_float(y, 2 * row, out, size)
     store_float(y, 2 * row + 1, out_imaginary, size)
 

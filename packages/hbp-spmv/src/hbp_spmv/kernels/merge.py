@@ -33,6 +33,7 @@ from hbp_spmv.kernels.simd import (
     fma,
     load_float,
     load_index,
+    sources_stamp,
     store_float,
     vector_extract,
     vector_fma,
@@ -154,9 +155,12 @@ def merge_task(lanes: int, size: int, index_size: int, ptr_size: int, hardware: 
     Returns:
         A numba C callback `void task(job, worker)`; phase 0 runs over pieces, phase 1 is one unit.
     """
+    stamp = sources_stamp()
 
     @cfunc("void(int64, int64)", cache=True)
     def task(job, worker):
+        if stamp < 0:  # never; see sources_stamp
+            return
         plan = load_index(job, JOB_PLAN, 8)
         x = load_index(job, JOB_X, 8)
         y = load_index(job, JOB_Y, 8)

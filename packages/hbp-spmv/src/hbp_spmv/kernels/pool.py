@@ -167,17 +167,21 @@ class Pool:
     def _start(self, workers: int) -> None:
         while len(self._wake) < workers - 1:
             semaphore = threading.Semaphore(0)
-            self._wake.append(semaphore)
-            worker = len(self._wake)
-            threading.Thread(
+            worker = len(self._wake) + 1
+            thread = threading.Thread(
                 target=self._main, args=(worker, semaphore), name=f"hbp-{worker}", daemon=True
-            ).start()
+            )
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads: those that run share the work
+                return
+            self._wake.append(semaphore)
 
     def wake(self, workers: int) -> None:
         """Start missing helpers and wake those that sleep; call it with the lock held."""
         if len(self._wake) < workers - 1:
             self._start(workers)
-        for worker in range(1, workers):
+        for worker in range(1, min(workers, len(self._wake) + 1)):
             if self.job[JOB_PARKED + 8 * worker]:
                 self.job[JOB_PARKED + 8 * worker] = 0
                 self._wake[worker - 1].release()

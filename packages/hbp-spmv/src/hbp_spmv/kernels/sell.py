@@ -29,6 +29,7 @@ from hbp_spmv.kernels.pool import (
 )
 from hbp_spmv.kernels.simd import (
     load_index,
+    sources_stamp,
     store_float,
     vector_extract,
     vector_fma,
@@ -208,9 +209,12 @@ def sell_task(lanes: int, size: int, ell: int, hardware: int):
     Returns:
         A numba C callback `void task(job, worker)`; a unit is a slice (SELL) or a tile (ELL).
     """
+    stamp = sources_stamp()
 
     @cfunc("void(int64, int64)", cache=True)
     def task(job, worker):
+        if stamp < 0:  # never; see sources_stamp
+            return
         plan = load_index(job, JOB_PLAN, 8)
         x = load_index(job, JOB_X, 8)
         y = load_index(job, JOB_Y, 8)

@@ -12,6 +12,7 @@ constants of the calling kernel (literals, globals or closure variables).
 
 import platform
 import zlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,9 @@ _ELEMENTS = {
 _SCALARS = {"f64": types.float64, "f32": types.float32}
 
 
+@cache
 def sources_stamp() -> int:
-    """Return a checksum of the kernel sources.
+    """Return a checksum of the kernel sources, read once in a process.
 
     numba keys its cache by the file that defines a function, not by the files that function calls.
     A task that mentions this number is compiled anew when any kernel source changes.
