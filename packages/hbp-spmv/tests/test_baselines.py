@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import inspect
 import itertools
 
 import numpy as np
@@ -232,3 +233,17 @@ def test_reorder_times_takes_every_awkward_matrix(name):
 def test_reorder_times_needs_a_round():
     with pytest.raises(ConfigError, match="repeats: expected at least 1, got 0"):
         reorder_times(AWKWARD["banded"].to_scipy(), repeats=0)
+
+
+def test_tasks_are_compiled_anew_when_any_kernel_source_changes():
+    from hbp_spmv.kernels import dp2d, merge, sell, simd
+
+    tasks = [
+        dp2d.grouped_task(8),
+        merge.merge_task(4, 8, 4, 4, 0),
+        sell.sell_task(8, 8, 0, 0),
+    ]
+    for task in tasks:  # numba keys its cache by what a function closes over, too
+        closure = inspect.getclosurevars(task.__wrapped__).nonlocals
+        assert closure["stamp"] == simd.sources_stamp() > 0
+    assert simd.sources_stamp.cache_info().misses == 1
