@@ -180,3 +180,20 @@ def test_only_the_publishing_job_may_ask_for_an_identity(root):
     publish = workflows(root)["release.yml"]["jobs"]["publish"]
     assert publish["permissions"] == {"id-token": "write"}
     assert publish["environment"] == "pypi"
+
+
+def test_a_release_is_on_main_and_works_with_the_published_core(root):
+    steps = workflows(root)["release.yml"]["jobs"]["build"]["steps"]
+    (checkout,) = (s for s in steps if s.get("uses", "").startswith("actions/checkout@"))
+    assert checkout["with"]["fetch-depth"] == 0
+    lines = [line.strip() for step in steps for line in step.get("run", "").splitlines()]
+    assert "if ! git merge-base --is-ancestor HEAD origin/main; then" in lines
+    assert 'smoke --find-links core "$archive"' in lines
+    assert 'smoke "$archive"' in lines
+
+
+def test_coverage_has_a_floor(root):
+    steps = workflows(root)["_package.yml"]["jobs"]["test"]["steps"]
+    (step,) = (step for step in steps if "--cov " in step.get("run", ""))
+    assert '--cov-fail-under "$FLOOR"' in step["run"]
+    assert step["env"]["FLOOR"] == "${{ inputs.package == 'tenfold-core' && '95' || '85' }}"
