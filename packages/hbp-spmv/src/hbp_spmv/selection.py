@@ -17,7 +17,6 @@ from tenfold_core.device import cpu_info
 from tenfold_core.errors import ConfigError
 
 from hbp_spmv.calibration import PREDICTED_ROWS, Calibration, load_calibration
-from hbp_spmv.compact import heavy_limit
 from hbp_spmv.config import BuildConfig
 
 __all__ = ["Features", "Plan", "choose", "features", "predict", "select"]
@@ -73,6 +72,7 @@ class Plan:
 
 def features(a: csr_array, lanes: int = 16) -> Features:
     """Describe a canonical CSR matrix."""
+    from hbp_spmv.compact import heavy_limit
     from hbp_spmv.hashing import length_classes, place_classes, quality
 
     rows, columns = a.shape
