@@ -17,11 +17,11 @@ from tenfold_core.errors import ConfigError, InputError
 
 from hbp_spmv.building import all_equal
 from hbp_spmv.config import BuildConfig
-from hbp_spmv.hashing import HashParams, length_classes, quality, tune
+from hbp_spmv.hashing import HashParams, heavy_limit, length_classes, quality, tune
 from hbp_spmv.kernels import build
 from hbp_spmv.kernels.compact import EMPTIES_PER_UNIT, FIELDS
 
-__all__ = ["ARRAYS", "CompactLayout", "heavy_limit"]
+__all__ = ["ARRAYS", "CompactLayout"]
 
 ARRAYS = {
     "start": np.int64,
@@ -190,12 +190,6 @@ class CompactLayout:
         if self.uniform:
             return np.full(self.nnz, self.val[0])
         return self.val[: self.nnz]
-
-
-def heavy_limit(rows: int, nnz: int) -> int:
-    """Return the longest row that stays in a group; longer ones are cut into segments."""
-    mean = nnz / max(rows, 1)
-    return int(min(max(128, 16 * mean), max(4096, nnz / 64)))
 
 
 class _Builder:

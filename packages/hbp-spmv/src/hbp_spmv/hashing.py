@@ -28,6 +28,7 @@ __all__ = [
     "HASHES",
     "PAPER_HASH",
     "HashParams",
+    "heavy_limit",
     "length_classes",
     "place_classes",
     "place_paper",
@@ -190,6 +191,12 @@ def length_classes(samples):
             classes[k] = OWN_CLASS + 1 + min(middle * spare // total, spare - 1)
             done += work[k]
     return classes
+
+
+def heavy_limit(rows: int, nnz: int) -> int:
+    """Return the longest row that stays in a group; longer ones are cut into segments."""
+    mean = nnz / max(rows, 1)
+    return int(min(max(128, 16 * mean), max(4096, nnz / 64)))
 
 
 @njit(nogil=True, cache=True)

@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from hbp_spmv.compact import heavy_limit
 from hbp_spmv.compiled import njit
-from hbp_spmv.hashing import MAX_CLASSES, length_classes, place_classes
+from hbp_spmv.hashing import MAX_CLASSES, heavy_limit, length_classes, place_classes
 
 __all__ = ["MatrixInfo", "describe_file", "matrix_info"]
 

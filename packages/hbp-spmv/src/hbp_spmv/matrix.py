@@ -215,8 +215,7 @@ class HBPMatrix:
             return self._stored.unordered_quality()[1]
         if self.layout != "compact" or not self.nnz:
             return 0.0
-        from hbp_spmv.compact import heavy_limit
-        from hbp_spmv.hashing import quality
+        from hbp_spmv.hashing import heavy_limit, quality
 
         lengths = np.bincount(self._stored.coordinates()[0], minlength=self.shape[0])
         kept = (lengths > 0) & (lengths <= heavy_limit(self.shape[0], self.nnz))

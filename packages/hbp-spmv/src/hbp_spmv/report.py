@@ -98,16 +98,14 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     text = f"auto chose {auto['layout']}"
     if auto["regret_percent"] is not None:
         ours = [name for name in times if name == "auto" or name.startswith("hbp-")]
-        text += (
-            f", regret {auto['regret_percent']:.1f} % (best of ours: {min(ours, key=times.get)})"
-        )
+        text += f", regret {auto['regret_percent']:.1f} % (best of ours: {min(ours, key=times.__getitem__)})"
     if auto["vendor"]:
         ratio = auto["over_vendor"]
         if ratio >= 1:
             text += f"; {ratio:.2f}x as fast as {auto['vendor']}"
         else:
             text += f"; HBP LOSES: {auto['vendor']} is {1 / ratio:.2f}x as fast as auto"
-    best = min(times, key=times.get)
+    best = min(times, key=times.__getitem__)
     if times[best] < times["auto"] and best != auto["vendor"] and not best.startswith("hbp-"):
         text += f"; fastest of all: {best}, {times['auto'] / times[best]:.2f}x as fast as auto"
     if auto["breakeven"] is None:

@@ -72,8 +72,7 @@ class Plan:
 
 def features(a: csr_array, lanes: int = 16) -> Features:
     """Describe a canonical CSR matrix."""
-    from hbp_spmv.compact import heavy_limit
-    from hbp_spmv.hashing import length_classes, place_classes, quality
+    from hbp_spmv.hashing import heavy_limit, length_classes, place_classes, quality
 
     rows, columns = a.shape
     lengths = np.diff(a.indptr)

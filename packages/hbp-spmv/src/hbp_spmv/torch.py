@@ -70,9 +70,13 @@ class _SpMV(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, values = ctx.saved_tensors or (None, None)
+        saved: Any = ctx.saved_tensors or (None, None)
+        x, values = saved
         twice = torch.is_grad_enabled()  # the gradient is itself to be differentiated
-        grad_x = grad_values = rows = cols = None
+        grad_x: Any = None
+        grad_values: Any = None
+        rows: Any = None
+        cols: Any = None
         if values is not None and (twice or ctx.needs_input_grad[1]):
             rows, cols = _coordinates(ctx.matrix)
         if ctx.needs_input_grad[0]:
