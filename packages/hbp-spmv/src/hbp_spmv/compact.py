@@ -229,7 +229,7 @@ class _Builder:
             nnz=self.a.nnz,
             lanes=self.lanes,
             sigma=sigma,
-            strips=0 if parts.rows is None else self.config.strips,
+            strips=0 if parts.rows is None else self.config.strips or 0,
             heavy_rows=len(cuts),
             start=np.zeros(groups + 1, np.int64),
             lengths=np.empty(groups * self.lanes, np.int32),

@@ -98,7 +98,8 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     text = f"auto chose {auto['layout']}"
     if auto["regret_percent"] is not None:
         ours = [name for name in times if name == "auto" or name.startswith("hbp-")]
-        text += f", regret {auto['regret_percent']:.1f} % (best of ours: {min(ours, key=times.__getitem__)})"
+        best_ours = min(ours, key=times.__getitem__)
+        text += f", regret {auto['regret_percent']:.1f} % (best of ours: {best_ours})"
     if auto["vendor"]:
         ratio = auto["over_vendor"]
         if ratio >= 1:

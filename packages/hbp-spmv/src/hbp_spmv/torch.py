@@ -69,7 +69,8 @@ class _SpMV(torch.autograd.Function):
         return torch.from_numpy(np.asarray(matrix @ as_array(x)))
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = gradients
         saved: Any = ctx.saved_tensors or (None, None)
         x, values = saved
         twice = torch.is_grad_enabled()  # the gradient is itself to be differentiated
