@@ -3,11 +3,14 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 from hbp_spmv import from_csr
 from hbp_spmv.kernels import pool
+from hbp_spmv.kernels.simd import atomic_load, atomic_store, load_index, spin_pause
+from numba import cfunc, njit
 from tenfold_core.testing.sparse import csr_from_lengths
 
 
@@ -135,10 +138,53 @@ def test_sleeping_helpers_wake_up(a, x, several_workers):
     matrix = from_csr(a, layout="compact", threads=3)
     expected = (matrix @ x).tobytes()
     shared = pool.shared_pool()
-    parked = [pool.JOB_PARKED + 8 * worker for worker in (1, 2)]
-    while not all(shared.job[at] for at in parked):
-        pass  # they fall asleep by themselves after about a millisecond
+    wait_for_sleep(shared, 2)
     assert (matrix @ x).tobytes() == expected
+
+
+def wait_for_sleep(shared, helpers):
+    parked = [pool.JOB_PARKED + 8 * (1 + number) for number in range(helpers)]
+    deadline = time.monotonic() + 20
+    while not all(shared.job[at] for at in parked):  # after a fraction of a millisecond
+        assert time.monotonic() < deadline
+
+
+def test_a_sleeping_helper_comes_back_without_the_gil():
+    # A caller in a tight loop of products holds the GIL most of the time. Here it holds it all the
+    # time: `_run_phases` is called from code that does not release it, and the task of the caller
+    # ends only when a helper has entered, or after some seconds.
+    shared = pool.Pool()
+    with shared.lock:
+        shared.start(2)
+        wait_for_sleep(shared, 1)
+        waited = np.zeros(2, np.int64)
+        plan = np.zeros(pool.PLAN_LAYOUT, np.int64)
+        plan[pool.PLAN_TASK], plan[pool.PLAN_PHASES], plan[pool.PLAN_WORKERS] = meet().address, 1, 2
+        shared.job[pool.JOB_PLAN], shared.job[pool.JOB_WORKERS] = plan.ctypes.data, 2
+        shared.job[pool.JOB_X] = waited.ctypes.data
+        hold_gil_and_run(shared.job.ctypes.data, plan.ctypes.data)
+    shared.close()
+    assert waited[0] == 1
+
+
+def meet():
+    @cfunc("void(int64, int64)")
+    def task(job, worker):
+        met = load_index(job, pool.JOB_X, 8)
+        if worker:
+            atomic_store(met, 0, 1)
+            return
+        spins = 0
+        while atomic_load(met, 0) == 0 and spins < 50_000_000:
+            spins += 1
+            spin_pause()
+
+    return task
+
+
+@njit
+def hold_gil_and_run(job, plan):
+    pool._run_phases(job, plan, 2)
 
 
 def test_a_product_after_the_pool_was_closed_still_works(a, x, several_workers, monkeypatch):

@@ -53,7 +53,7 @@ class BoundProduct:
             shared = self.pool.shared_pool()
             if shared.lock.acquire(blocking=False):
                 try:
-                    shared.wake(self.workers)
+                    shared.start(self.workers)
                     self.pool.run(shared.job, self.plan, x, y, partial, alpha, beta, columns)
                 finally:
                     shared.lock.release()

@@ -7,12 +7,15 @@ a shared queue from which idle workers draw by an atomic ticket (the competitive
 that is done with both helps the others. Which worker computes a chunk never changes a sum, so the
 result has the same bits for any number of threads.
 
-Workers are Python threads inside compiled code without the GIL. They spin for a fraction of a
-millisecond after a product, then sleep; the caller never waits for a sleeping worker, it does the
-work itself.
+Workers are Python threads that stay in compiled code, without the GIL. They spin for a fraction of
+a millisecond after a product, then sleep on a lock of the operating system; the caller never waits
+for a sleeping worker, it does the work itself. Sleeping and waking are native too: a worker that
+had to take the GIL to come back would compete for it with a caller in a tight loop of products,
+which costs milliseconds (CPython hands the GIL over every 5 ms).
 """
 
 import atexit
+import ctypes
 import os
 import threading
 
@@ -21,8 +24,10 @@ from numba import njit
 
 from hbp_spmv.kernels.simd import (
     atomic_add,
+    atomic_exchange,
     atomic_load,
     atomic_store,
+    call_lock,
     call_task,
     load_index,
     spin_pause,
@@ -43,7 +48,8 @@ JOB_EPOCH, JOB_ACTIVE, JOB_OPEN, JOB_TICKETS = 0, 8, 16, 64
 JOB_PLAN, JOB_X, JOB_Y, JOB_PARTIAL, JOB_ALPHA, JOB_BETA = 24, 25, 26, 27, 28, 29
 JOB_COLUMNS, JOB_PHASE, JOB_WORKERS = 30, 31, 32
 JOB_ALPHA_IMAGINARY, JOB_BETA_IMAGINARY = 33, 34  # complex matrices only
-JOB_PARKED = JOB_TICKETS + 8 * (MAX_WORKERS + 1)
+JOB_ACQUIRE, JOB_RELEASE = 35, 36  # addresses of the two functions of a lock
+JOB_PARKED = JOB_TICKETS + 8 * (MAX_WORKERS + 1)  # of each worker: asleep?, and its lock
 JOB_SIZE = JOB_PARKED + 8 * MAX_WORKERS
 
 
@@ -69,6 +75,24 @@ def chunk_at(job, queues, queue):
 
 
 @njit(nogil=True)
+def _wake(job, worker):
+    # Whoever takes the mark back decides whether the lock is used: the caller here, or the worker
+    # that saw the new epoch after it had set the mark (see _sleep). No wake-up is lost.
+    at = JOB_PARKED + 8 * worker
+    if atomic_load(job, at) == 1 and atomic_exchange(job, at, 0) == 1:
+        call_lock(load_index(job, JOB_RELEASE, 8), load_index(job, at + 1, 8))
+
+
+@njit(nogil=True)
+def _sleep(job, worker, seen):
+    at = JOB_PARKED + 8 * worker
+    atomic_store(job, at, 1)
+    if atomic_load(job, JOB_EPOCH) != seen and atomic_exchange(job, at, 0) == 1:
+        return
+    call_lock(load_index(job, JOB_ACQUIRE, 8), load_index(job, at + 1, 8))
+
+
+@njit(nogil=True)
 def _run_phases(job, plan, workers):
     # Sequentially consistent stores: a worker that enters late sees the job closed (see _serve).
     for phase in range(load_index(plan, PLAN_PHASES, 8)):
@@ -77,6 +101,8 @@ def _run_phases(job, plan, workers):
         atomic_store(job, JOB_PHASE, phase)
         atomic_store(job, JOB_OPEN, 1)
         atomic_add(job, JOB_EPOCH, 1)
+        for worker in range(1, workers):
+            _wake(job, worker)
         call_task(load_index(plan, PLAN_TASK, 8), job, 0)
         atomic_store(job, JOB_OPEN, 0)
         while atomic_load(job, JOB_ACTIVE) != 0:
@@ -133,15 +159,19 @@ def run_alone(plan, x, y, partial, alpha, beta, columns):
 
 @njit(nogil=True, cache=True)
 def _serve(job, worker, seen, spins):
-    """Help with jobs until none came for `spins` turns; return the last epoch seen, -1 to stop."""
+    """Help with jobs, asleep when none came for `spins` turns, until the epoch is negative."""
     idle = 0
-    while idle < spins:
+    while True:
         epoch = atomic_load(job, JOB_EPOCH)
         if epoch < 0:
-            return -1
+            return
         if epoch == seen:
             idle += 1
-            spin_pause()
+            if idle < spins:
+                spin_pause()
+            else:
+                _sleep(job, worker, seen)
+                idle = 0
             continue
         seen = epoch
         idle = 0
@@ -150,8 +180,6 @@ def _serve(job, worker, seen, spins):
             plan = load_index(job, JOB_PLAN, 8)
             call_task(load_index(plan, PLAN_TASK, 8), job, worker)
         atomic_add(job, JOB_ACTIVE, -1)
-    atomic_store(job, JOB_PARKED + 8 * worker, 1)
-    return seen
 
 
 class Pool:
@@ -161,43 +189,51 @@ class Pool:
         storage = np.zeros(JOB_SIZE + 8, np.int64)
         skip = (-storage.ctypes.data % 64) // 8
         self.job = storage[skip : skip + JOB_SIZE]
+        self.job[JOB_ACQUIRE] = _address("PyThread_acquire_lock")
+        self.job[JOB_RELEASE] = _address("PyThread_release_lock")
         self.lock = threading.Lock()
-        self._wake: list[threading.Semaphore] = []
+        self._helpers = 0
 
-    def _start(self, workers: int) -> None:
-        while len(self._wake) < workers - 1:
-            semaphore = threading.Semaphore(0)
-            worker = len(self._wake) + 1
+    def start(self, workers: int) -> None:
+        """Start the helpers that `workers` workers lack; call it with the lock held."""
+        while self._helpers < workers - 1:
+            worker = self._helpers + 1
+            self.job[JOB_PARKED + 8 * worker + 1] = _taken_lock()
             thread = threading.Thread(
-                target=self._main, args=(worker, semaphore), name=f"hbp-{worker}", daemon=True
+                target=_serve,
+                args=(self.job.ctypes.data, worker, int(self.job[JOB_EPOCH]), _SPINS),
+                name=f"hbp-{worker}",
+                daemon=True,
             )
             try:
                 thread.start()
             except RuntimeError:  # no more threads: those that run share the work
                 return
-            self._wake.append(semaphore)
-
-    def wake(self, workers: int) -> None:
-        """Start missing helpers and wake those that sleep; call it with the lock held."""
-        if len(self._wake) < workers - 1:
-            self._start(workers)
-        for worker in range(1, min(workers, len(self._wake) + 1)):
-            if self.job[JOB_PARKED + 8 * worker]:
-                self.job[JOB_PARKED + 8 * worker] = 0
-                self._wake[worker - 1].release()
+            self._helpers = worker
 
     def close(self) -> None:
         """Tell the helpers to end."""
         with self.lock:
             self.job[JOB_EPOCH] = -1 << 62
-            for semaphore in self._wake:
-                semaphore.release()
+            for worker in range(1, self._helpers + 1):
+                _wake(self.job.ctypes.data, worker)
 
-    def _main(self, worker: int, semaphore: threading.Semaphore) -> None:
-        address = self.job.ctypes.data
-        seen = int(self.job[JOB_EPOCH])
-        while (seen := _serve(address, worker, seen, _SPINS)) >= 0:
-            semaphore.acquire()
+
+def _address(function: str) -> int | None:
+    """Return the address of a function of the stable C API, to be called without the GIL."""
+    return ctypes.cast(getattr(ctypes.pythonapi, function), ctypes.c_void_p).value
+
+
+def _taken_lock() -> int:
+    """Return a lock of the operating system that is held, never freed: helpers sleep on it."""
+    allocate = ctypes.pythonapi.PyThread_allocate_lock
+    allocate.restype = ctypes.c_void_p
+    lock = allocate()
+    acquire = ctypes.pythonapi.PyThread_acquire_lock
+    acquire.argtypes = (ctypes.c_void_p, ctypes.c_int)
+    if lock is None or not acquire(lock, 0):
+        raise MemoryError("no lock for another thread")
+    return lock
 
 
 _POOL: list[Pool] = []

@@ -23,8 +23,10 @@ from numba.extending import intrinsic, models, register_model
 __all__ = [
     "Vector",
     "atomic_add",
+    "atomic_exchange",
     "atomic_load",
     "atomic_store",
+    "call_lock",
     "call_task",
     "float_from_bits",
     "float_of_size",
@@ -456,6 +458,17 @@ def atomic_add(typingctx, base, offset, value):
 
 
 @intrinsic
+def atomic_exchange(typingctx, base, offset, value):
+    """Store to the int64 at `base[offset]` and return what it held before."""
+
+    def codegen(context, builder, signature, args):
+        pointer = _pointer(builder, args[0], args[1], _I64, 8)
+        return builder.atomic_rmw("xchg", pointer, args[2], "seq_cst")
+
+    return types.int64(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
 def atomic_load(typingctx, base, offset):
     """Load the int64 at `base[offset]`, sequentially consistent."""
 
@@ -500,3 +513,16 @@ def call_task(typingctx, address, job, worker):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def call_lock(typingctx, address, lock):
+    """Call `int f(void *lock, int wait)` at `address` with `wait` = 1; see `kernels.pool`."""
+
+    def codegen(context, builder, signature, args):
+        byte = ir.IntType(8).as_pointer()
+        function = builder.inttoptr(args[0], ir.FunctionType(_I32, [byte, _I32]).as_pointer())
+        builder.call(function, [builder.inttoptr(args[1], byte), ir.Constant(_I32, 1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
