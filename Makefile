@@ -9,6 +9,7 @@ MAKEFLAGS += --no-print-directory
 PKG ?=
 ARGS ?=
 BUMP ?=
+BENCH ?= *
 
 UV := $(shell uv cache dir >/dev/null 2>&1 && command -v uv || echo .uv/bin/uv)
 need := $(filter .uv/bin/uv,$(UV))
@@ -70,10 +71,10 @@ else
 	$(UV) run --locked --package $(PKG) $(extras.$(PKG)) $(PKG) demo --out $(dir)/benchmarks/results/demo $(ARGS)
 endif
 
-bench: $(need) ## the benchmarks of PKG; records go to its benchmarks/results/
+bench: $(need) ## the benchmarks of PKG, or its bench_$(BENCH).py; records go to benchmarks/results/
 	@test -n "$(PKG)" || { echo "make bench: name the package, e.g. PKG=hbp-spmv" >&2; exit 2; }
-	@set -e; for file in $(dir)/benchmarks/bench_*.py; do \
-	  test -f "$$file" || { echo "make bench: $(dir)/benchmarks has no bench_*.py" >&2; exit 2; }; \
+	@set -e; for file in $(dir)/benchmarks/bench_$(BENCH).py; do \
+	  test -f "$$file" || { echo "make bench: $(dir)/benchmarks has no bench_$(BENCH).py" >&2; exit 2; }; \
 	  echo "$$file" >&2; $(UV) run $(SYNC) python "$$file" $(ARGS); \
 	done
 

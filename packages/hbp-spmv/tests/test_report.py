@@ -17,6 +17,8 @@ from hbp_spmv.report import (
     product_table,
     regenerate,
     roofline,
+    size_slope,
+    size_table,
     verdict,
 )
 from hbp_spmv.summary import claims, geomean, record_metrics
@@ -184,6 +186,17 @@ def test_products_as_a_table():
     lines = product_table(rows, "float64", 1).splitlines()
     assert lines[2] == "| m | 50000 | 1.50 | 1.5 | 40 | 30 | 16 | 20 (compact) | 5 | 1.5 |"
     assert lines[3] == "| n | 50000 | 0.00 | - | - | - | - | - (failed) | - | - |"
+
+
+def test_cost_over_size_as_a_table_with_slopes():
+    rows = [
+        {"tier": "cache", "layout": "csr", "nnz": 1000 * k, "build_ms": 0.5 * k, "us": 2.0 * k * k}
+        for k in (1, 2, 4)
+    ]
+    assert size_slope(rows, "build_ms") == pytest.approx(1)
+    lines = size_table(rows).splitlines()
+    assert lines[2] == "| cache | csr | 1000 | 0.5 | 500 | 2 | 2 |"
+    assert lines[5] == "| cache | csr | slope |  | 1.00 |  | 2.00 |"
 
 
 def test_the_machine_in_one_line():

@@ -3,8 +3,8 @@
 
 `python -m hbp_spmv.report [--check] packages/hbp-spmv` rewrites, in README.md and in
 benchmarks/results/*.md, what stands between `<!-- results: FOLDER/TABLE -->` and the next
-`<!-- /results -->`. FOLDER lies in benchmarks/results; TABLE is `claims`, `reorder` or, for a type
-and a number of threads, such as `products-f64-1`.
+`<!-- /results -->`. FOLDER lies in benchmarks/results; TABLE is `claims`, `reorder`, `sizes` or, for a
+type and a number of threads, such as `products-f64-1`.
 """
 
 import re
@@ -36,6 +36,8 @@ __all__ = [
     "regenerate",
     "reorder_table",
     "roofline",
+    "size_slope",
+    "size_table",
     "verdict",
 ]
 
@@ -166,6 +168,34 @@ def order_cells(reorderings: Sequence[Row]) -> list[list[str]]:
 def reorder_table(reorderings: Sequence[Row]) -> str:
     """Write what ordering the rows of all blocks costs, per method, as Markdown."""
     return markdown_table(ORDER_COLUMNS, order_cells(reorderings))
+
+
+def size_slope(rows: Sequence[Row], column: str) -> float:
+    """Return the least-squares slope of the log of a time over the log of the nonzeros."""
+    import numpy as np
+
+    nnz, time = (np.log([row[name] for row in rows]) for name in ("nnz", column))
+    return float(np.polyfit(nnz, time, 1)[0])
+
+
+def size_table(rows: Sequence[Row]) -> str:
+    """Write the cost per nonzero over sizes as Markdown, and its slope after each tier."""
+    lines: list[list[str]] = []
+    tiers = dict.fromkeys((row["tier"], row["layout"]) for row in rows)
+    for tier, layout in tiers:
+        part = [row for row in rows if (row["tier"], row["layout"]) == (tier, layout)]
+        lines += [
+            [
+                tier, layout, str(row["nnz"]),
+                _digits(row["build_ms"]), _digits(1e6 * row["build_ms"] / row["nnz"]),
+                _digits(row["us"]), _digits(1e3 * row["us"] / row["nnz"]),
+            ]
+            for row in part
+        ]  # fmt: skip
+        slopes = [f"{size_slope(part, column):.2f}" for column in ("build_ms", "us")]
+        lines.append([tier, layout, "slope", "", slopes[0], "", slopes[1]])
+    columns = ["tier", "layout", "nnz", "build ms", "ns a nonzero", "product us", "ns a nonzero"]
+    return markdown_table(columns, lines)
 
 
 def print_metrics(metrics: Mapping[str, tuple[float | None, str, str | None]]) -> None:
@@ -306,26 +336,32 @@ def regenerate(folder: Positional[Path], *, check: bool = False) -> int:
 def _block(results: Path, file: Path, block: re.Match[str]) -> str:
     name = block[1]
     folder, _, table = name.partition("/")
-    rows_file, reorder_file = results / folder / "rows.jsonl", results / folder / "reorder.jsonl"
-    for path in (rows_file, reorder_file):
+
+    def rows(of: str) -> Sequence[Row]:
+        from tenfold_core.run.rows import read_jsonl
+
+        from hbp_spmv.output import read_rows
+
+        path = results / folder / of
         if not path.exists():
             raise InputError(
                 f"{file}: table {name!r} needs {path}, which is missing; run 'make bench'"
             )
-    from tenfold_core.run.rows import read_jsonl
+        return read_rows(path) if of == "rows.jsonl" and table != "sizes" else read_jsonl(path)
 
-    from hbp_spmv.output import read_rows
-
-    rows, reorderings = read_rows(rows_file), read_jsonl(reorder_file)
     if table == "claims":
-        text = claim_table(rows, reorderings)
+        text = claim_table(rows("rows.jsonl"), rows("reorder.jsonl"))
     elif table == "reorder":
-        text = reorder_table(reorderings)
+        text = reorder_table(rows("reorder.jsonl"))
+    elif table == "sizes":
+        text = size_table(rows("rows.jsonl"))
     elif match := re.fullmatch(r"products-(f32|f64)-(\d+)", table):
         dtype = {"f32": "float32", "f64": "float64"}[match[1]]
-        text = product_table(rows, dtype, int(match[2]))
+        text = product_table(rows("rows.jsonl"), dtype, int(match[2]))
     else:
-        raise InputError(f"{file}: table {name!r}: expected claims, reorder or products-f64-1")
+        raise InputError(
+            f"{file}: table {name!r}: expected claims, reorder, sizes or products-f64-1"
+        )
     return f"<!-- results: {name} -->\n\n{text}\n\n<!-- /results -->"
 
 
