@@ -46,6 +46,63 @@ def test_the_limit_of_a_container_counts_as_memory(monkeypatch):
     assert device.cpu_info().memory_bytes == 1234567
 
 
+@pytest.fixture
+def groups(monkeypatch):
+    """The files of the control groups as the test says, on a host of 16 cores."""
+    files = {}
+    text = device._text
+    monkeypatch.setattr(
+        device,
+        "_text",
+        lambda path: files.get(str(path), "") if "cgroup" in str(path) else text(path),
+    )
+    monkeypatch.setattr(device, "_allowed_cores", lambda: 16)
+    return files
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and /sys")
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 16),
+        ({"cpu.max": "max 100000\n"}, 16),
+        ({"cpu.max": "200000 100000\n"}, 2),
+        ({"cpu.max": "150000 100000\n"}, 2),  # 1.5 cores keep two threads busy
+        ({"cpu.max": "10000 100000\n"}, 1),
+        ({"cpu.max": "6400000 100000\n"}, 16),
+        ({"cpu.max": "damaged\n"}, 16),
+        ({"cpu.max": "200000 0\n"}, 16),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 16),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "300000\n"}, 16),
+    ],
+    ids=str,
+)
+def test_the_quota_of_a_container_limits_the_cores(groups, files, cores):
+    groups.update({f"/sys/fs/cgroup/{name}": text for name, text in files.items()})
+    assert device.cpu_info().usable_cores == cores
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and /sys")
+@pytest.mark.parametrize(
+    ("own", "folder"), [("0::/a/b\n", ""), ("3:pids:/x\n2:cpu,cpuacct:/a/b\n0::/y\n", "/cpu")]
+)
+def test_the_least_quota_of_all_groups_above_counts(groups, own, folder):
+    groups["/proc/self/cgroup"] = own
+    for path, quota in {"/a": 300_000, "/a/b": 500_000, "/a/c": 100_000, "/x": 100_000}.items():
+        top = f"/sys/fs/cgroup{folder}{path}/cpu"
+        if folder:
+            groups[f"{top}.cfs_quota_us"], groups[f"{top}.cfs_period_us"] = f"{quota}", "100000"
+        else:
+            groups[f"{top}.max"] = f"{quota} 100000"
+    assert device.cpu_info().usable_cores == 3
+
+
+def test_newer_pythons_know_the_cores_of_the_process(monkeypatch):
+    monkeypatch.setattr(device.os, "process_cpu_count", lambda: 1, raising=False)
+    assert device.cpu_info().usable_cores == 1
+
+
 def test_macos_is_asked_by_sysctl(monkeypatch):
     answers = {"machdep.cpu.brand_string": "M9", "hw.physicalcpu": "1", "hw.l1dcachesize": "65536"}
 

@@ -2,6 +2,7 @@
 """What the machine offers: processor, caches, memory and, if asked, a CUDA device."""
 
 import ctypes
+import math
 import os
 import platform
 import re
@@ -9,7 +10,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, Literal
 
 from tenfold_core.errors import ConfigError, MissingExtraError
@@ -48,7 +49,7 @@ class CpuInfo:
     physical_cores: int
     logical_cores: int
     usable_cores: int
-    """Cores this process may run on, by its affinity."""
+    """Cores this process may keep busy: its affinity, or less where a container grants less."""
     l1_bytes: int
     """Data cache of one core."""
     l2_bytes: int
@@ -105,14 +106,13 @@ def cupy_reason() -> str:
 @cache
 def cpu_info() -> CpuInfo:
     """Describe the processor, from the system's own tables and without a third library."""
-    logical = os.cpu_count() or 1
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
+    logical, allowed = os.cpu_count() or 1, _allowed_cores()
     found = {"linux": _linux, "darwin": _darwin}.get(sys.platform, _other)()
     return CpuInfo(
         model=found.get("model") or platform.processor() or platform.machine(),
         physical_cores=int(found.get("physical", logical)),
         logical_cores=logical,
-        usable_cores=usable,
+        usable_cores=max(1, min(allowed, found.get("granted", allowed))),
         l1_bytes=int(found.get("l1", 0)),
         l2_bytes=int(found.get("l2", 0)),
         l3_bytes=int(found.get("l3", 0)),
@@ -191,6 +191,12 @@ def _cuda_count(via: str) -> tuple[int, str]:
     return count, f"{torch.__version__}: {count or 'no'} CUDA device{'s' if count > 1 else ''}"
 
 
+def _allowed_cores() -> int:
+    if hasattr(os, "process_cpu_count"):  # Python 3.13
+        return os.process_cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _linux() -> dict[str, Any]:
     found: dict[str, Any] = {}
     text = _text("/proc/cpuinfo")
@@ -211,7 +217,29 @@ def _linux() -> dict[str, Any]:
         _text("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
     )
     found["memory"] = min([total, *(int(limit) for limit in limits if limit.strip().isdigit())])
+    if quotas := _cpu_quotas():
+        found["granted"] = math.ceil(min(quotas))
     return found
+
+
+def _cpu_quotas() -> list[float]:
+    """Return the processor time per second that each control group above this process grants."""
+    own = {"": "/", "cpu": "/"}  # version 2 names no controller; a container sees itself as /
+    for line in _text("/proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        own |= {name: path for name in controllers.split(",") if name in own}
+    quotas = []
+    for top, path in (("/sys/fs/cgroup", own[""]), ("/sys/fs/cgroup/cpu", own["cpu"])):
+        inner = PurePosixPath(path.lstrip("/"))
+        for group in (inner, *inner.parents):
+            folder = PurePosixPath(top) / group
+            words = _text(folder / "cpu.max").split() or [
+                _text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")
+            ]
+            if len(words) == 2 and all(word.isdigit() and int(word) for word in words):
+                quotas.append(int(words[0]) / int(words[1]))
+    return quotas
 
 
 def _darwin() -> dict[str, Any]:
@@ -246,7 +274,7 @@ def _other() -> dict[str, Any]:
     return {"memory": status[1]}
 
 
-def _text(path: str | Path) -> str:
+def _text(path: str | PurePath) -> str:
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
