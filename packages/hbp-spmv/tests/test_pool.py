@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hbp_spmv import from_csr
 from hbp_spmv.kernels import pool
-from hbp_spmv.kernels.simd import atomic_load, atomic_store, load_index, spin_pause
+from hbp_spmv.kernels.atomic import atomic_load, atomic_store, spin_pause
+from hbp_spmv.kernels.simd import load_index
 from numba import cfunc, njit
 from tenfold_core.testing.sparse import csr_from_lengths
 

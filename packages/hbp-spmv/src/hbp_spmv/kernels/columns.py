@@ -101,19 +101,27 @@ def _row(
     at = (target if whole else target - rows) * columns
     c = 0
     while c + 32 <= columns:
-        sums = _walk(x + c * size, col, val, p, k, lengths, lanes, columns, 32, size, index_size, uniform)  # fmt: skip  # noqa: E501
+        sums = _walk(
+            x + c * size, col, val, p, k, lengths, lanes, columns, 32, size, index_size, uniform
+        )
         _put(out, at + c, sums, alpha, beta, plain, 32, size)
         c += 32
     if c + 16 <= columns:
-        sums16 = _walk(x + c * size, col, val, p, k, lengths, lanes, columns, 16, size, index_size, uniform)  # fmt: skip  # noqa: E501
+        sums16 = _walk(
+            x + c * size, col, val, p, k, lengths, lanes, columns, 16, size, index_size, uniform
+        )
         _put(out, at + c, sums16, alpha, beta, plain, 16, size)
         c += 16
     if c + 8 <= columns:
-        sums8 = _walk(x + c * size, col, val, p, k, lengths, lanes, columns, 8, size, index_size, uniform)  # fmt: skip  # noqa: E501
+        sums8 = _walk(
+            x + c * size, col, val, p, k, lengths, lanes, columns, 8, size, index_size, uniform
+        )
         _put(out, at + c, sums8, alpha, beta, plain, 8, size)
         c += 8
     while c < columns:
-        sums1 = _walk(x + c * size, col, val, p, k, lengths, lanes, columns, 1, size, index_size, uniform)  # fmt: skip  # noqa: E501
+        sums1 = _walk(
+            x + c * size, col, val, p, k, lengths, lanes, columns, 1, size, index_size, uniform
+        )
         _put(out, at + c, sums1, alpha, beta, plain, 1, size)
         c += 1
 

@@ -28,6 +28,7 @@ from hbp_spmv.kernels.pool import (
     queue_at,
 )
 from hbp_spmv.kernels.simd import (
+    AHEAD,
     float_from_bits,
     float_of_size,
     fma,
@@ -71,8 +72,6 @@ FIELDS = (
     "val",
 )
 EMPTIES_PER_UNIT = 1024
-AHEAD = 2048
-"""Bytes of values by which prefetches run ahead: up to 1.4 times faster from memory."""
 
 (
     F_ROWS,

@@ -22,6 +22,7 @@ from hbp_spmv.kernels.pool import (
     queue_at,
 )
 from hbp_spmv.kernels.simd import (
+    AHEAD,
     float_from_bits,
     float_of_size,
     fma,
@@ -41,8 +42,6 @@ from hbp_spmv.kernels.simd import (
 __all__ = ["FIELDS", "csr_task"]
 
 FIELDS = ("ptr", "col", "val")
-AHEAD = 2048
-"""Bytes of values by which prefetches run ahead."""
 F_PTR, F_COL, F_VAL = range(PLAN_LAYOUT, PLAN_LAYOUT + len(FIELDS))
 
 

@@ -22,16 +22,16 @@ import threading
 import numpy as np
 from numba import njit
 
-from hbp_spmv.kernels.simd import (
+from hbp_spmv.kernels.atomic import (
     atomic_add,
     atomic_exchange,
     atomic_load,
     atomic_store,
     call_lock,
     call_task,
-    load_index,
     spin_pause,
 )
+from hbp_spmv.kernels.simd import load_index
 
 __all__ = ["MAX_WORKERS", "Pool", "chunk_at", "queue_at", "run", "run_alone", "shared_pool"]
 
@@ -219,9 +219,9 @@ class Pool:
                 _wake(self.job.ctypes.data, worker)
 
 
-def _address(function: str) -> int | None:
+def _address(function: str) -> int:
     """Return the address of a function of the stable C API, to be called without the GIL."""
-    return ctypes.cast(getattr(ctypes.pythonapi, function), ctypes.c_void_p).value
+    return ctypes.cast(getattr(ctypes.pythonapi, function), ctypes.c_void_p).value or 0
 
 
 def _taken_lock() -> int:
