@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import gc
 import pickle
+import weakref
 from dataclasses import fields
 
 import numpy as np
@@ -92,6 +94,19 @@ def test_operands_that_are_no_numbers_are_refused(built, x):
 def test_operands_that_would_lose_digits_are_refused(a, stored, dtype):
     with pytest.raises(InputError, match="digits would be lost; convert x, or build with dtype="):
         from_csr(a, dtype=stored) @ np.zeros(50, dtype)
+
+
+@pytest.mark.parametrize(("stored", "largest"), [("float32", 2**24), ("float64", 2**53)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_integer_operands_are_taken_as_far_as_they_are_exact(a, stored, largest, sign):
+    built = from_csr(a, dtype=stored)
+    x = np.zeros(50, np.int64)
+    x[3] = sign * largest
+    assert (built @ x).dtype == stored
+    assert_array_equal(built @ x, (a @ x.astype(np.float64)).astype(stored))
+    x[3] += sign
+    with pytest.raises(InputError, match=f"x has dtype int64, the matrix {stored}: an integer exc"):
+        built @ x
 
 
 def test_longdouble_operands_are_told_what_exists(a):
@@ -424,10 +439,12 @@ def test_complex_values_have_no_grouped_layout(a, layout):
         ({"hash_params": {"q": 1}}, "unknown setting 'q'"),
         ({"threads": 0}, "threads: expected a positive int, got 0"),
         ({"threads": 1.5}, "threads: expected a positive int"),
+        ({"threads": True}, "threads: expected a positive int, got True"),
+        ({"n_products": 2.5}, "n_products: expected a positive int, got 2.5"),
         ({"wrong": 3}, "from_csr: unknown setting 'wrong'"),
         ({"wrong": None}, "from_csr: unknown setting 'wrong'"),
         ({"device": "tpu"}, "device is 'tpu'"),
-        ({"n_products": 0}, "n_products: expected at least 1, got 0"),
+        ({"n_products": 0}, "n_products: expected a positive int, got 0"),
     ],
     ids=str,
 )
@@ -490,6 +507,29 @@ def test_the_transposed_matrix_is_built_once(built, a):
     assert built.T.layout == built.layout
     assert_array_equal(built.T @ integers(60), a.T @ integers(60))
     assert_array_equal(built.rmatmat(integers(60, 3)), a.T @ integers(60, 3))
+
+
+def test_a_matrix_and_its_transpose_are_freed_without_the_cycle_collector(built):
+    # A copy: the fixture itself is held by pytest.
+    matrix = pickle.loads(pickle.dumps(built))
+    matrix.rmatvec(np.ones(60, matrix.dtype))
+    matrix.aslinearoperator().rmatvec(np.ones(60, matrix.dtype))
+    parts = [weakref.ref(part) for part in (matrix, matrix.T, matrix._stored.arrays()["col"])]
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        del matrix
+        assert [part() for part in parts] == [None] * 3
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def test_a_transposed_matrix_outlives_the_one_it_came_from(built, a):
+    transposed = pickle.loads(pickle.dumps(built)).T
+    assert_array_equal(transposed.T @ integers(50), a @ integers(50))
+    assert transposed.T is transposed.T
+    assert transposed.T.T is transposed
 
 
 def test_the_transposed_product_of_complex_matrices_conjugates():
@@ -590,7 +630,7 @@ def test_other_devices_are_refused(a):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_update_values_keeps_the_pattern_and_the_order(a, layout, dtype):
     built = from_csr(a, layout=layout, keep_perm=True, block=(32, 20), dtype=dtype)
-    values = integers(a.nnz)
+    values = integers(a.nnz).astype(dtype)
     other = built.update_values(values)
     expected = csr_array((values, a.indices, a.indptr), shape=a.shape)
     x = integers(50).astype(dtype)
@@ -599,7 +639,7 @@ def test_update_values_keeps_the_pattern_and_the_order(a, layout, dtype):
     assert_array_equal(other.to_csr().data, values)
     assert_array_equal(built @ x, a @ integers(50))
     assert_array_equal(other.rmatvec(np.ones(60, dtype)), expected.T @ np.ones(60))
-    assert_array_equal(other.update_values(a.data) @ x, a @ integers(50))
+    assert_array_equal(other.update_values(a.data.astype(dtype)) @ x, a @ integers(50))
 
 
 @pytest.mark.parametrize("layout", ["compact", "csr", "paper"])
@@ -630,6 +670,38 @@ def test_complex_values_update_complex_matrices(a):
     assert_array_equal(built.update_values(1j * a.data) @ integers(50), 1j * (a @ integers(50)))
     with pytest.raises(InputError, match="values have dtype complex128, expected float64"):
         from_csr(a, layout="csr").update_values(1j * a.data)
+
+
+@pytest.mark.parametrize("layout", ["compact", "paper", "csr"])
+@pytest.mark.parametrize("dtype", ["int64", "bool", "float16", ">f4"])
+def test_values_of_types_that_fit_exactly_are_taken(a, layout, dtype):
+    built = from_csr(a, layout=layout, keep_perm=True, dtype="float32")
+    values = np.abs(integers(a.nnz)).astype(dtype)
+    other = built.update_values(values)
+    assert other.dtype == "float32"
+    assert_array_equal(other.to_csr().data, values)
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "expected"),
+    [
+        ("float32", "float64", "dtype float64, expected float32: digits would be lost"),
+        ("float64", "longdouble", r"dtype \w+, expected float64: digits would be lost"),
+        ("complex64", "complex128", "dtype complex128, expected complex64: digits would be lost"),
+        ("complex64", "float64", "dtype float64, expected complex64: digits would be lost"),
+        ("complex64", "U1", "dtype <U1, expected complex64"),
+    ],
+)
+def test_values_that_would_lose_digits_are_refused(a, stored, given, expected):
+    built = from_csr(a, layout="csr", dtype=stored)
+    with pytest.raises(InputError, match=f"values have {expected}"):
+        built.update_values(np.ones(a.nnz).astype(given))
+
+
+def test_integer_values_that_would_be_rounded_are_refused(a):
+    built = from_csr(a, layout="csr", dtype="float32")
+    with pytest.raises(InputError, match="expected float32: an integer exceeds 16777216"):
+        built.update_values(np.full(a.nnz, 2**24 + 1))
 
 
 def test_updating_needs_the_right_length_type_and_permutation(a):

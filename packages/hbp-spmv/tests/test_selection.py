@@ -161,9 +161,9 @@ def test_16_bit_columns_rule_out_csr_on_wide_matrices():
 
 @pytest.mark.parametrize("n_products", [0, -5])
 def test_no_products_are_refused(regular, n_products):
-    with pytest.raises(ConfigError, match=f"n_products: expected at least 1, got {n_products}"):
+    with pytest.raises(ConfigError, match=f"n_products: expected a positive int, got {n_products}"):
         select(regular, n_products=n_products)
-    with pytest.raises(ConfigError, match="n_products: expected at least 1"):
+    with pytest.raises(ConfigError, match="n_products: expected a positive int"):
         from_csr(regular, n_products=n_products)
 
 

@@ -19,7 +19,7 @@ from tenfold_core.errors import ConfigError, InputError, TenfoldError
 from tenfold_core.run.checkpoint import resume_token
 from tenfold_core.run.rows import plain
 
-from hbp_spmv.building import kernels_work
+from hbp_spmv.building import default_threads, kernels_work
 from hbp_spmv.calibration import Calibration, calibrate, load_calibration
 from hbp_spmv.evaluate import Protocol, Subject, resolve_formats
 from hbp_spmv.inputs import Source
@@ -64,7 +64,7 @@ class BenchConfig:
     @property
     def cases(self) -> list[tuple[str, int]]:
         """Types and thread counts, each pair once, in the order they were given."""
-        threads = self.threads or (cpu_info().usable_cores,)
+        threads = self.threads or (default_threads(),)
         dtypes = dict.fromkeys(_DTYPES[name] for name in self.dtypes)
         return [(dtype, count) for dtype in dtypes for count in dict.fromkeys(threads)]
 
@@ -72,8 +72,7 @@ class BenchConfig:
 def demo_config(seed: int) -> BenchConfig:
     """Return the settings of the demonstration: a minute on two cores, kernels compiled."""
     protocol = Protocol(min_time_s=0.06, repeats=12, seed=seed)
-    cores = cpu_info().usable_cores
-    return BenchConfig(threads=(1, min(cores, 2)), reorder=True, protocol=protocol)
+    return BenchConfig(threads=(1, min(default_threads(), 2)), reorder=True, protocol=protocol)
 
 
 @dataclass(slots=True)

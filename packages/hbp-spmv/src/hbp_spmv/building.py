@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From any sparse matrix to a stored layout: canonical CSR, available kernels, threads, build."""
 
+import os
 import warnings
 from functools import cache
 from typing import Any
@@ -11,7 +12,7 @@ from scipy.sparse import csr_array, issparse
 from tenfold_core.device import cpu_info
 from tenfold_core.errors import ConfigError, InputError, MissingExtraError, TenfoldWarning
 
-from hbp_spmv.config import BuildConfig
+from hbp_spmv.config import BuildConfig, as_int
 from hbp_spmv.fallback import ScipyLayout
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "all_equal",
     "build_layout",
     "canonical",
+    "default_threads",
     "kernels_work",
     "parse_dtype",
     "require_kernels",
@@ -183,8 +185,21 @@ def require_kernels(what: str) -> None:
 
 
 def workers_for(threads: int | None, nnz: int) -> int:
-    """Return how many threads a product of `nnz` nonzeros uses, given the most it may use."""
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise ConfigError(f"threads: expected a positive int, got {threads!r}")
-    limit = threads or cpu_info().usable_cores
+    """Return how many threads a product of `nnz` nonzeros uses, given the most it may use.
+
+    Raises:
+        ConfigError: `threads` is not a positive integer.
+    """
+    limit = default_threads() if threads is None else as_int("threads", threads, 1)
     return max(1, min(limit, 64, nnz // WORKER_NNZ))
+
+
+def default_threads() -> int:
+    """Return the cores this process may keep busy, or fewer where OMP_NUM_THREADS asks for fewer.
+
+    Affinity and a container's CPU quota count. A variable that is not a positive integer does not;
+    of a list, which is by depth of nesting, the first does.
+    """
+    cores = cpu_info().usable_cores
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores

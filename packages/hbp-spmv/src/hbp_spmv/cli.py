@@ -50,7 +50,37 @@ class Reading:
         return settings
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """How products are timed."""
+
+    hot: bool = False
+    """The same arrays again and again, as in a solver (the default)."""
+    cold: bool = False
+    """Overwrite the caches before each product."""
+    min_time: float = 0.2
+    """Seconds of products per format, at least."""
+    repeats: int = 20
+    """Samples per format."""
+    n_products: int = 1000
+    """Products that auto may expect to follow a build."""
+    limit_time: float | None = None
+    """Begin nothing new after this many seconds."""
+
+    def protocol(self, seed: int) -> Any:
+        """Return the settings of `hbp_spmv.evaluate`."""
+        if self.hot and self.cold:
+            raise ConfigError("--hot and --cold exclude each other; leave one out")
+        from hbp_spmv.evaluate import Protocol
+
+        return Protocol(
+            min_time_s=self.min_time, repeats=self.repeats, cold=self.cold, seed=seed,
+            n_products=self.n_products,
+        )  # fmt: skip
+
+
 _READING = Reading()
+_TIMING = Timing()
 _BUILD = BuildConfig()
 
 
@@ -106,27 +136,11 @@ def demo(
 
 
 def bench(
-    files: Positional[tuple[str, ...]] = (),
-    *,
-    formats: str = "",
-    dtype: str = "f64",
-    threads: str = "",
-    device: Device = "auto",
-    hot: bool = False,
-    cold: bool = False,
-    min_time: float = 0.2,
-    repeats: int = 20,
-    n_products: int = 1000,
-    suite: str | None = None,
-    seed: int = 0,
-    out: Out = None,
-    plot: str | None = None,
-    resume: bool = False,
-    limit_time: float | None = None,
-    reading: Reading = _READING,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> int:
+    files: Positional[tuple[str, ...]] = (), *, formats: str = "", dtype: str = "f64",
+    threads: str = "", device: Device = "auto", suite: str | None = None, seed: int = 0,
+    out: Out = None, plot: str | None = None, resume: bool = False, timing: Timing = _TIMING,
+    reading: Reading = _READING, as_json: Json = False, quiet: Quiet = False,
+) -> int:  # fmt: skip
     """Time the product of each matrix in several formats, against libraries and a bound.
 
     Args:
@@ -135,57 +149,49 @@ def bench(
         formats: names separated by commas, or all; by default auto, our layouts, SciPy, torch if
             it is installed, merge CSR and SELL.
         dtype: f32, f64 or both, separated by a comma.
-        threads: thread counts separated by commas; by default all cores.
+        threads: thread counts separated by commas; by default the cores of this process, or as
+            many as OMP_NUM_THREADS says if those are fewer.
         device: where the products run.
-        hot: the same arrays again and again, as in a solver (the default).
-        cold: overwrite the caches before each product.
-        min_time: seconds of products per format, at least.
-        repeats: samples per format.
-        n_products: products that auto may expect to follow a build.
         suite: folder that @suite stands for; by default that of the variable HBP_MATRICES.
         seed: seed of the generated matrices and of the vectors.
         out: folder, or a name in .parquet, .csv or .jsonl; the record lies in the folder, or beside
             the file in NAME.run.
         plot: roofline plot, .svg, .png or .pdf.
         resume: continue the interrupted run that --out holds.
-        limit_time: begin nothing new after this many seconds.
+        timing: how products are timed.
         reading: how files are read.
         as_json: one line of JSON.
         quiet: no progress.
     """
     _require_cpu(device)
-    if hot and cold:
-        raise ConfigError("--hot and --cold exclude each other; leave one out")
     from hbp_spmv.bench import BenchConfig, run
-    from hbp_spmv.evaluate import Protocol
     from hbp_spmv.inputs import matrix_sources
-    from hbp_spmv.report import case_printer, print_metrics
+    from hbp_spmv.report import case_printer
 
-    protocol = Protocol(
-        min_time_s=min_time, repeats=repeats, cold=cold, seed=seed, n_products=n_products
-    )
     config = BenchConfig(
         formats=_names(formats),
         dtypes=_names(dtype),
         threads=tuple(_count("threads", name) for name in _names(threads)),
-        limit_time_s=limit_time,
-        protocol=protocol,
+        limit_time_s=timing.limit_time,
+        protocol=timing.protocol(seed),
     )
     sources = matrix_sources(files, suite=suite, seed=seed, **reading.options())
     found = run(
-        sources,
-        config,
-        out=out,
-        resume=resume,
-        plot=plot,
-        say=_sayer(quiet),
+        sources, config, out=out, resume=resume, plot=plot, say=_sayer(quiet),
         on_case=case_printer(silent=as_json),
-    )
+    )  # fmt: skip
+    return _finish_bench(found, as_json=as_json, summary=len(sources) > 1)
+
+
+def _finish_bench(found: Any, *, as_json: bool, summary: bool) -> int:
+    """Print what a benchmark found and could not read; return the exit code."""
+    from hbp_spmv.report import print_metrics
+
     for text in found.unread:
         print(f"hbp-spmv: error: {text}", file=sys.stderr)
     if as_json:
         _print_result(found)
-    elif len(sources) > 1:
+    elif summary:
         print_metrics(found.metrics)
     return _exit_code(found)
 

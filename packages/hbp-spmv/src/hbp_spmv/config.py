@@ -1,15 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a matrix is laid out: the settings that API, command line and records share."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from operator import index
+from typing import Any
 
 from tenfold_core.errors import ConfigError
 
-__all__ = ["LAYOUTS", "PAPER", "PAPER_HASH", "BuildConfig", "HashParams"]
+__all__ = [
+    "LAYOUTS",
+    "PAPER",
+    "PAPER_HASH",
+    "SIGMAS",
+    "WINDOW_SPAN",
+    "BuildConfig",
+    "HashParams",
+    "as_int",
+    "configured",
+]
 
+SIGMAS = (512, 2048, 8192)
+"""Rows of the reordering windows that are tried."""
+WINDOW_SPAN = 1 << 16
+"""Columns that a 16-bit offset reaches."""
 LAYOUTS = ("auto", "compact", "paper", "csr")
 _HASHES = ("lut", "paper", "tuned", "sort", "none")
 _LANES = (4, 8, 16, 32)
+_HASH_NAMES = ("k0", "s", "t", "u")
+_FREE = ("lanes", "sigma", "strips")  # None, or "auto" in a call, leaves them to the build
+_RANGES = {
+    **dict.fromkeys(_HASH_NAMES, (0, 31)),
+    "height": (1, 1 << 20),
+    "width": (1, 1 << 31),
+    "sigma": (1, 1 << 31),
+    "strips": (1, 1 << 31),
+    "lanes": (1, 1024),
+}
 
 
 def _one_of(name: str, value: object, allowed: tuple) -> None:
@@ -18,9 +45,20 @@ def _one_of(name: str, value: object, allowed: tuple) -> None:
         raise ConfigError(f"{name}: expected one of {names}, got {value!r}")
 
 
-def _in_range(name: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ConfigError(f"{name}: expected an int in {low}..{high}, got {value!r}")
+def as_int(name: str, value: object, low: int = 1, high: int | None = None) -> int:
+    """Return a whole number in a range as an int, whatever type holds it; a bool is none.
+
+    Raises:
+        ConfigError: it is not a whole number, or out of range.
+    """
+    try:
+        number = None if isinstance(value, bool) else index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or number < low or (high is not None and number > high):
+        expected = "a positive int" if high is None else f"an int in {low}..{high}"
+        raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+    return number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +75,9 @@ class HashParams:
     """Linear term."""
 
     def __post_init__(self) -> None:
-        for name in ("k0", "s", "t", "u"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or not 0 <= value <= 31:
-                raise ConfigError(
-                    f"hash parameter {name!r}: expected an int in 0..31, got {value!r}"
-                )
+        for name in _HASH_NAMES:
+            value = as_int(f"hash parameter {name!r}", getattr(self, name), 0, 31)
+            object.__setattr__(self, name, value)
 
 
 PAPER_HASH = HashParams()
@@ -86,18 +121,12 @@ class BuildConfig:
         _one_of("hash", self.hash, _HASHES)
         _one_of("index", self.index, ("auto", "u16", "u32"))
         _one_of("schedule", self.schedule, ("mixed", "fixed", "ticket"))
-        for name in ("k0", "s", "t", "u"):
-            _in_range(name, getattr(self, name), 0, 31)
-        _in_range("height", self.height, 1, 1 << 20)
-        _in_range("width", self.width, 1, 1 << 31)
-        if self.sigma is not None:
-            _in_range("sigma", self.sigma, 1, 1 << 31)
-        if self.strips is not None:
-            _in_range("strips", self.strips, 1, 1 << 31)
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None or name not in _FREE:
+                object.__setattr__(self, name, as_int(name, value, low, high))
         if self.lanes is not None and self.layout != "paper":
             _one_of("lanes", self.lanes, _LANES)
-        if self.lanes is not None:
-            _in_range("lanes", self.lanes, 1, 1024)
 
     @property
     def fixed_share(self) -> float:
@@ -107,3 +136,39 @@ class BuildConfig:
 
 PAPER = BuildConfig(layout="paper", hash="paper")
 """The published settings: blocks of 512 x 4096, warps of 32, (k0, s, t, u) = (0, 4, 8, 0)."""
+
+
+def configured(
+    base: BuildConfig | None,
+    settings: Mapping[str, Any],
+    *,
+    block: tuple[int, int] | None = None,
+    hash_params: Mapping[str, int] | None = None,
+) -> BuildConfig:
+    """Return `base` with what the arguments of a call change; None changes nothing.
+
+    Args:
+        base: settings to start from; by default `BuildConfig()`.
+        settings: fields by name.
+        block: height and width.
+        hash_params: `k0`, `s`, `t`, `u`.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+    """
+    foreign = sorted(set(hash_params or ()) - set(_HASH_NAMES))
+    if foreign:
+        expected = ", ".join(_HASH_NAMES)
+        raise ConfigError(f"hash_params: unknown setting {foreign[0]!r}, expected {expected}")
+    named: dict[str, Any] = {**(hash_params or {}), **settings}
+    if block is not None:
+        named["height"], named["width"] = block
+    unknown = sorted(set(named) - set(BuildConfig.__dataclass_fields__))
+    if unknown:
+        raise ConfigError(f"from_csr: unknown setting {unknown[0]!r}; see BuildConfig")
+    changes: dict[str, Any] = {
+        name: None if name in _FREE and isinstance(value, str) and value == "auto" else value
+        for name, value in named.items()
+        if value is not None
+    }
+    return replace(base or BuildConfig(), **changes)

@@ -20,13 +20,12 @@ from tenfold_core.errors import InputError
 from hbp_spmv.compiled import njit
 from hbp_spmv.hashing import place_sorted
 from hbp_spmv.kernels.dp2d import FIELDS
+from hbp_spmv.method import SLOT_COST
 
 __all__ = ["ALPHA", "GroupedLayout", "cut_groups"]
 
 ALPHA = 32
 """Cost of a group beside its steps, in elements: about one step of a full group."""
-SLOT_COST = 2
-"""Cost of a slot in nonzeros; it only shapes the schedule."""
 
 
 @njit(nogil=True, cache=True)

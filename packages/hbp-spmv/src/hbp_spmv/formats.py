@@ -10,6 +10,7 @@ from scipy.sparse import csr_array
 from tenfold_core.errors import InputError
 
 from hbp_spmv.calibration import hardware_gather
+from hbp_spmv.config import SIGMAS
 from hbp_spmv.kernels import merge, sell
 
 __all__ = ["StoredArrays", "ell", "merge_path", "sell_c_sigma"]
@@ -18,8 +19,6 @@ MERGE_LANES = 4
 """Interleaved sums per row."""
 SLICE_LANES = 8
 """Rows of a slice: 8 was faster than 16 and 32 on matrices with short or uneven rows."""
-SIGMAS = (512, 2048, 8192)
-"""Sorting windows tried for SELL-C-sigma."""
 SIGMA_SLACK = 1.03
 """The smallest window is taken whose size is within this factor of the best."""
 ELL_SLACK = 16

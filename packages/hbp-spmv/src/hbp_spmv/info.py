@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from hbp_spmv.compiled import njit
+from hbp_spmv.config import WINDOW_SPAN
 from hbp_spmv.hashing import MAX_CLASSES, heavy_limit, length_classes, place_classes
 
 __all__ = ["MatrixInfo", "describe_file", "matrix_info"]
@@ -24,8 +25,6 @@ EXACT_SYMMETRY = 1 << 20
 SYMMETRY_SAMPLE = 1 << 17
 LANES, SLICE, SIGMA = 16, 8, 512
 """Rows of a group, of a SELL slice and of a reordering window, as they are counted here."""
-SPAN = 1 << 16
-"""Columns that a 16-bit offset reaches."""
 PAIR_BYTES = 20
 """Cost of a (row, strip) pair: row, length, and a partial sum written and read."""
 _QUANTILES = (25, 50, 75, 90, 99)
@@ -118,7 +117,7 @@ def matrix_info(a: csr_array, *, duplicates: int | None = None) -> MatrixInfo:
     heavy = heavy_limit(len(lengths), int(lengths.sum()))
     light = np.where(lengths > heavy, 0, lengths)
     groups, narrow, slots = _group(
-        a.indptr, a.indices, light, length_classes(light), max(columns - SPAN, 0), LANES
+        a.indptr, a.indices, light, length_classes(light), max(columns - WINDOW_SPAN, 0), LANES
     )
     _, _, padded = _group(a.indptr, a.indices, lengths, length_classes(lengths), 0, SLICE)
     facts = {
@@ -312,6 +311,6 @@ def _group(ptr, col, lengths, classes, limit, lanes):
             if longest > 0:
                 groups += 1
                 slots += longest * lanes
-                if largest - smallest < SPAN:
+                if largest - smallest < WINDOW_SPAN:
                     narrow += 1
     return groups, narrow, slots

@@ -4,8 +4,9 @@
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -15,36 +16,14 @@ from tenfold_core.device import resolve
 from tenfold_core.errors import ConfigError, InputError
 
 from hbp_spmv.building import build_layout, canonical, kernels_work, workers_for
-from hbp_spmv.config import PAPER, BuildConfig
+from hbp_spmv.config import PAPER, BuildConfig, as_int, configured
 from hbp_spmv.fallback import ScipyLayout
-from hbp_spmv.operands import accepts, as_factor, as_operand
+from hbp_spmv.operands import accepts, as_factor, as_operand, as_values
 
-__all__ = ["HBPMatrix", "Stats", "from_csr"]
+if TYPE_CHECKING:
+    from hbp_spmv.stats import Stats
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stats:
-    """What a build produced."""
-
-    layout: str
-    nnz: int
-    bytes: int
-    bytes_per_nnz: float
-    lane_efficiency: float
-    """Nonzeros / (lanes x longest row, summed over groups); 1 is perfect."""
-    std_before: float
-    """Mean standard deviation of the row lengths in groups of neighbours, heavy rows aside."""
-    std_after: float
-    """The same after reordering."""
-    groups: int
-    heavy_rows: int
-    strips: int
-    """Number of column strips; 1 if the columns are not cut."""
-    index_bits: int
-    uniform: bool
-    """All values are equal and only one is stored."""
-    threads: int
-    build_seconds: float
+__all__ = ["HBPMatrix", "from_csr"]
 
 
 def from_csr(
@@ -71,7 +50,8 @@ def from_csr(
         hash_params: `k0`, `s`, `t`, `u` of the published family.
         block: (height, width) of the published blocks.
         dtype: type of the values and the product; by default the matrix's own.
-        threads: most threads a product may use; by default the cores of this process.
+        threads: most threads a product may use; by default the cores of this process (affinity,
+            CPU quota of a container), or as many as OMP_NUM_THREADS says if those are fewer.
         device: cpu or auto.
         n_products: products the matrix is built for; few of them do not pay for a reordering.
         tune: time the candidates of `auto` whatever `n_products` says.
@@ -88,34 +68,22 @@ def from_csr(
         >>> H @ np.array([1.0, 2.0, 3.0])
         array([1., 2., 3.])
     """
-    foreign = sorted(set(hash_params or ()) - {"k0", "s", "t", "u"})
-    if foreign:
-        raise ConfigError(f"hash_params: unknown setting {foreign[0]!r}, expected k0, s, t, u")
-    named: dict[str, Any] = {"layout": layout, "hash": hash, **(hash_params or {}), **settings}
-    if block is not None:
-        named["height"], named["width"] = block
-    free = ("lanes", "sigma", "strips")  # "auto" is spelled None in BuildConfig
-    unknown = sorted(set(named) - set(BuildConfig.__dataclass_fields__))
-    if unknown:
-        raise ConfigError(f"from_csr: unknown setting {unknown[0]!r}; see BuildConfig")
-    changes: dict[str, Any] = {
-        name: None if value == "auto" and name in free else value
-        for name, value in named.items()
-        if value is not None
-    }
-    chosen = replace(config or BuildConfig(), **changes)
+    given = {"layout": layout, "hash": hash, **settings}
+    chosen = configured(config, given, block=block, hash_params=hash_params)
     _require_cpu(device)
     matrix = canonical(a, dtype)
     workers = workers_for(threads, matrix.nnz)
     started = time.perf_counter()
+    reasons: tuple[str, ...] = ()
     if chosen.layout == "auto" and matrix.dtype.kind == "f" and kernels_work():
         from hbp_spmv.selection import choose
 
         stored, _, plan = choose(matrix, chosen, threads=workers, n_products=n_products, tune=tune)
-        seconds = time.perf_counter() - started
-        return HBPMatrix(stored, chosen, matrix.dtype, workers, seconds, plan.reasons)
-    stored = build_layout(matrix, chosen)
-    return HBPMatrix(stored, chosen, matrix.dtype, workers, time.perf_counter() - started)
+        reasons = plan.reasons
+    else:
+        stored = build_layout(matrix, chosen)
+    seconds = time.perf_counter() - started
+    return HBPMatrix(stored, chosen, matrix.dtype, workers, seconds, reasons)
 
 
 def _require_cpu(device: str) -> None:
@@ -152,6 +120,7 @@ class HBPMatrix:
         self.reasons = reasons
         self._build_seconds = build_seconds
         self._transposed: HBPMatrix | None = None
+        self._origin: ref[HBPMatrix] | None = None  # weak, or a matrix and its T form a cycle
         self._bound: dict[str, Any] = {}
         self._single = self._bind("vector")
 
@@ -183,44 +152,13 @@ class HBPMatrix:
         return _LAYOUT_NAMES[type(self._stored).__name__]
 
     @property
-    def stats(self) -> Stats:
+    def stats(self) -> "Stats":
         """What the build produced; computed on each access."""
-        efficiency, after = self._stored.quality()
-        lanes = self._stored.lanes
-        return Stats(
-            layout=self.layout,
-            nnz=self.nnz,
-            bytes=self.nbytes,
-            bytes_per_nnz=self.nbytes / max(self.nnz, 1),
-            lane_efficiency=efficiency,
-            std_before=self._std_before(lanes),
-            std_after=after,
-            groups=len(getattr(self._stored, "group_base", ())),
-            heavy_rows=getattr(self._stored, "heavy_rows", 0),
-            strips=self._num_strips(),
-            index_bits=8 * self._stored.arrays()["col"].dtype.itemsize,
-            uniform=self._stored.uniform,
-            threads=self.threads,
-            build_seconds=self._build_seconds,
+        from hbp_spmv.stats import describe
+
+        return describe(
+            self._stored, self.layout, threads=self.threads, build_seconds=self._build_seconds
         )
-
-    def _num_strips(self) -> int:
-        if self.layout == "paper":
-            return self._stored.strips
-        width = getattr(self._stored, "strips", 0)
-        return -(-self.shape[1] // width) if width else 1
-
-    def _std_before(self, lanes: int) -> float:
-        if self.layout == "paper":
-            return self._stored.unordered_quality()[1]
-        if self.layout != "compact" or not self.nnz:
-            return 0.0
-        from hbp_spmv.hashing import heavy_limit, quality
-
-        lengths = np.bincount(self._stored.coordinates()[0], minlength=self.shape[0])
-        kept = (lengths > 0) & (lengths <= heavy_limit(self.shape[0], self.nnz))
-        _, total, groups = quality(lengths, np.flatnonzero(kept), lanes)
-        return total / max(groups, 1)
 
     def arrays(self) -> dict[str, NDArray]:
         """Return the stored arrays, read-only; for layout 'paper' the six published ones."""
@@ -263,7 +201,8 @@ class HBPMatrix:
         """Return `alpha * A @ x`, or write `alpha * A @ x + beta * out` to `out`.
 
         Args:
-            x: operand, (columns,) or (columns, k).
+            x: operand, (columns,) or (columns, k), of the matrix's type, one that it holds exactly
+                (integers, shorter floats), or complex.
             out: result, (rows,) or (rows, k); it may be `x` itself.
             alpha: factor of the product.
             beta: factor of the old `out`, which is not read when 0.
@@ -378,12 +317,15 @@ class HBPMatrix:
     @property
     def T(self) -> "HBPMatrix":
         """The transposed matrix, built on first use and kept."""
+        origin = None if self._origin is None else self._origin()
+        if origin is not None:
+            return origin
         if self._transposed is None:
             # Columns become rows: 16-bit indices may no longer reach.
             index = "auto" if self.config.index == "u16" else self.config.index
             config = replace(self.config, keep_perm=False, index=index)
             built = from_csr(self.to_csr().T.tocsr(), config=config, threads=self.threads)
-            built._transposed = self
+            built._origin = ref(self)
             self._transposed = built
         return self._transposed
 
@@ -438,6 +380,8 @@ class HBPMatrix:
         """
         from hbp_spmv.storage import paper_layout
 
+        height, width = as_int("height", height, 0), as_int("width", width, 0)
+        lanes = as_int("lanes", lanes, 0)
         stored = paper_layout(arrays, shape, height=height, width=width, lanes=lanes)
         config = replace(PAPER, height=height, width=width, lanes=lanes)
         return cls(stored, config, stored.data.dtype, workers_for(threads, stored.nnz))
@@ -466,17 +410,14 @@ class HBPMatrix:
         """Return a matrix of the same pattern with other values, without reordering anything.
 
         Args:
-            values: new values in the order of `to_csr().data`, (nnz,).
+            values: new values in the order of `to_csr().data`, (nnz,), of the matrix's type or one
+                that it holds exactly.
 
         Raises:
-            InputError: the length or type is wrong, or the build did not keep its permutation.
+            InputError: the length is wrong, the type would lose digits, or the build did not keep
+                its permutation.
         """
-        values = np.asarray(values)
-        if values.shape != (self.nnz,):
-            raise InputError(f"values have shape {values.shape}, expected ({self.nnz},)")
-        if values.dtype.kind not in "biuf" and self.dtype.kind != "c":
-            raise InputError(f"values have dtype {values.dtype}, expected {self.dtype}")
-        values = values.astype(self.dtype)
+        values = as_values(values, self.nnz, self.dtype)
         if isinstance(self._stored, ScipyLayout):
             old = self._stored.csr
             stored = ScipyLayout(csr_array((values, old.indices, old.indptr), shape=self.shape))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a product accepts as x and out: checked shapes, exact conversions, clear refusals."""
+"""What a matrix accepts as x, out and values: checked shapes, exact conversions, clear refusals."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy.sparse import issparse
 from tenfold_core.errors import InputError
 
-__all__ = ["accepts", "as_factor", "as_operand"]
+__all__ = ["accepts", "as_factor", "as_operand", "as_values"]
 
 
 def as_operand(x: Any, columns: int, dtype: np.dtype) -> NDArray:
@@ -34,13 +34,38 @@ def as_operand(x: Any, columns: int, dtype: np.dtype) -> NDArray:
     target: Any = dtype
     if x.dtype.kind == "c" and dtype.kind != "c":
         target = np.dtype(np.complex64 if dtype == np.float32 else np.complex128)
-    if x.dtype.kind in "fc" and np.finfo(x.dtype).eps < np.finfo(target).eps:
-        finer = np.finfo(x.dtype).dtype.name
-        remedy = f", or build with dtype={finer!r}" if finer == "float64" else ""
-        raise InputError(
-            f"x has dtype {x.dtype}, the matrix {dtype}: digits would be lost; convert x{remedy}"
-        )
+    if loss := _loss("x", x, target):
+        raise InputError(f"x has dtype {x.dtype}, the matrix {dtype}: {loss}")
     return np.require(x, target, ["C", "ALIGNED", "WRITEABLE"])  # else a copy
+
+
+def as_values(values: Any, nnz: int, dtype: np.dtype) -> NDArray:
+    """Return a copy of new values of a matrix in the matrix's type.
+
+    Raises:
+        InputError: they have another shape, are not numeric, or would lose digits.
+    """
+    values = np.asarray(values)
+    if values.shape != (nnz,):
+        raise InputError(f"values have shape {values.shape}, expected ({nnz},)")
+    if values.dtype.kind not in ("biufc" if dtype.kind == "c" else "biuf"):
+        raise InputError(f"values have dtype {values.dtype}, expected {dtype}")
+    if loss := _loss("values", values, dtype):
+        raise InputError(f"values have dtype {values.dtype}, expected {dtype}: {loss}")
+    return values.astype(dtype)
+
+
+def _loss(name: str, array: NDArray, dtype: np.dtype) -> str:
+    """Say what a conversion to `dtype` would round, and what to do; empty if it is exact."""
+    kind, target = array.dtype.kind, np.finfo(dtype)
+    if kind in "fc" and np.finfo(array.dtype).eps < target.eps:
+        finer = np.finfo(array.dtype).dtype.name
+        remedy = f", or build with dtype={finer!r}" if finer == "float64" else ""
+        return f"digits would be lost; convert {name}{remedy}"
+    exact = 2 << target.nmant
+    if kind in "iu" and array.size and max(int(array.max()), -int(array.min())) > exact:
+        return f"an integer exceeds {exact} and would be rounded; scale or convert {name}"
+    return ""
 
 
 def as_factor(name: str, value: Any, dtype: np.dtype) -> complex:

@@ -17,7 +17,7 @@ from tenfold_core.device import cpu_info
 from tenfold_core.errors import ConfigError
 
 from hbp_spmv.calibration import PREDICTED_ROWS, Calibration, load_calibration
-from hbp_spmv.config import BuildConfig
+from hbp_spmv.config import WINDOW_SPAN, BuildConfig, as_int
 
 __all__ = ["Features", "Plan", "choose", "features", "predict", "select"]
 
@@ -98,7 +98,7 @@ def features(a: csr_array, lanes: int = 16) -> Features:
         switches=switches,
         slots=slots * a.nnz,
         scatter=float(far.mean()),
-        wide=columns > 1 << 16,
+        wide=columns > WINDOW_SPAN,
         uniform=a.nnz > 1 and bool((a.data == a.data[0]).all()),
     )
 
@@ -156,68 +156,76 @@ def choose(
     """Choose and build: the stored layout, its settings and the plan that explains them.
 
     Raises:
-        ConfigError: `n_products` is not positive.
+        ConfigError: `n_products` is not a positive integer.
     """
-    from hbp_spmv.building import build_layout
-    from hbp_spmv.product import bind_matrix
-
-    if n_products < 1:
-        raise ConfigError(f"n_products: expected at least 1, got {n_products}")
+    n_products = as_int("n_products", n_products)
     f = features(a, config.lanes or 16)
-    predicted = predict(f, load_calibration(), threads=threads, size=a.dtype.itemsize)
-    reasons = [_describe(f)]
-    serial = predict(f, load_calibration(), size=a.dtype.itemsize)
-    build_us = BUILD_PRODUCTS * serial["compact"]
-    gain = predicted["csr"] - predicted["compact"]
-    built: dict[str, Any] = {}
-    build_ms: dict[str, float] = {}
-
-    def build(name: str) -> Any:
-        if name not in built:
-            started = time.perf_counter()
-            built[name] = build_layout(a, replace(config, layout=name))
-            build_ms[name] = 1e3 * (time.perf_counter() - started)
-        return built[name]
-
+    size = a.dtype.itemsize
+    predicted = predict(f, load_calibration(), threads=threads, size=size)
+    build_us = BUILD_PRODUCTS * predict(f, load_calibration(), size=size)["compact"]
+    builds = _Builds(a, config)
+    timed: dict[str, float] = {}
     best = min(predicted, key=predicted.__getitem__)
     close = [name for name in predicted if predicted[name] <= CLOSE * predicted[best]]
-    timed: dict[str, float] = {}
     if config.index == "u16" and f.wide:
         format_ = "compact"
-        reasons.append("index='u16': only the compact layout stores columns as offsets")
+        reason = "index='u16': only the compact layout stores columns as offsets"
     elif n_products <= TIMED_PRODUCTS and not tune:
-        pays = gain * n_products > build_us
+        pays = (predicted["csr"] - predicted["compact"]) * n_products > build_us
         format_ = "compact" if best == "compact" and pays else "csr"
-        reasons.append(
-            f"{n_products} products: the reordering "
-            + ("pays" if format_ == "compact" else "does not pay for its build")
-        )
+        verdict = "pays" if format_ == "compact" else "does not pay for its build"
+        reason = f"{n_products} products: the reordering {verdict}"
     elif len(close) == 1 or a.nnz == 0:
         format_ = best
-        reasons.append(f"predicted {predicted[best]:.1f} us, the other over {CLOSE} times that")
+        reason = f"predicted {predicted[best]:.1f} us, the other over {CLOSE} times that"
     else:
-        products = {
-            name: bind_matrix(build(name), "vector", threads, a.dtype, config.fixed_share)
-            for name in predicted
-        }
-        timed = _time(products, a)
-        wins = timed["compact"] < TIE * timed["csr"]
-        pays = (timed["csr"] - timed["compact"]) * n_products > build_us
-        format_ = "compact" if wins and pays else "csr"
-        reasons.append(
-            f"timed: compact {timed['compact']:.1f} us, csr {timed['csr']:.1f} us"
-            + ("" if pays or not wins else f"; {n_products} products do not pay for the build")
-        )
-    chosen = replace(config, layout=format_)
+        timed = _time({name: builds.product(name, threads) for name in predicted}, a)
+        format_, reason = _decide(timed, n_products, build_us)
+    stored = builds.layout(format_)
     plan = Plan(
         format=format_,
         params={"hash": config.hash, "lanes": config.lanes or 16} if format_ == "compact" else {},
         predicted_us=predicted,
         timed_us=timed,
-        build_ms=build_ms,
-        reasons=tuple(reasons),
+        build_ms=builds.ms,
+        reasons=(_describe(f), reason),
     )
-    return build(format_), chosen, plan
+    return stored, replace(config, layout=format_), plan
+
+
+class _Builds:
+    """The candidates that were built, each once, and how long that took."""
+
+    def __init__(self, a: csr_array, config: BuildConfig) -> None:
+        self._a, self._config = a, config
+        self._stored: dict[str, Any] = {}
+        self.ms: dict[str, float] = {}
+
+    def layout(self, name: str) -> Any:
+        from hbp_spmv.building import build_layout
+
+        if name not in self._stored:
+            started = time.perf_counter()
+            self._stored[name] = build_layout(self._a, replace(self._config, layout=name))
+            self.ms[name] = 1e3 * (time.perf_counter() - started)
+        return self._stored[name]
+
+    def product(self, name: str, threads: int) -> Any:
+        from hbp_spmv.product import bind_matrix
+
+        share = self._config.fixed_share
+        return bind_matrix(self.layout(name), "vector", threads, self._a.dtype, share)
+
+
+def _decide(timed: dict[str, float], n_products: int, build_us: float) -> tuple[str, str]:
+    """Return the format that the measured times speak for, and the reason in words."""
+    compact, csr = timed["compact"], timed["csr"]
+    wins = compact < TIE * csr
+    pays = (csr - compact) * n_products > build_us
+    reason = f"timed: compact {compact:.1f} us, csr {csr:.1f} us"
+    if wins and not pays:
+        reason += f"; {n_products} products do not pay for the build"
+    return "compact" if wins and pays else "csr", reason
 
 
 def select(
@@ -234,7 +242,7 @@ def select(
     Args:
         a: any sparse matrix.
         device: cpu.
-        threads: threads of the product; by default the cores of this process.
+        threads: threads of the product; by default as in `from_csr`.
         n_products: products the matrix would be built for.
         tune: time the candidates whatever `n_products` says.
         config: settings of the candidates.

@@ -64,7 +64,10 @@ def load(
 
     Args:
         path: file written by `save`.
-        mmap: map the arrays instead of copying them.
+        mmap: map the arrays instead of copying them. As with `np.load(mmap_mode="r")`, the file
+            must then stay as it is while the matrix lives: written to, the products are wrong or
+            leave their arrays; truncated, the process dies of a bus error. `save` to the same
+            name is safe, for it replaces the file.
         verify: also compare the checksum, which reads the whole file.
         threads: as for `from_csr`.
 

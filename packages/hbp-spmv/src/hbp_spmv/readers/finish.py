@@ -13,10 +13,9 @@ from tenfold_core.sparse import CSR
 
 from hbp_spmv.building import parse_dtype
 from hbp_spmv.errors import ReadError
+from hbp_spmv.readers.text import EXACT
 
 __all__ = ["Options", "Raw", "ReadInfo", "check_memory", "finish", "memory_bound"]
-
-_EXACT = 2**53  # integers beyond it have no exact float64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +178,7 @@ def cast(where: str, matrix: csr_array, dtype: npt.DTypeLike | None) -> csr_arra
 def _numbers(where: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Copy values into a floating type that holds each of them exactly."""
     kind, size = values.dtype.kind, values.dtype.itemsize
-    if kind in "iu" and values.size and max(int(values.max()), -int(values.min())) > _EXACT:
+    if kind in "iu" and values.size and max(int(values.max()), -int(values.min())) > EXACT:
         extreme = max(int(values.max()), int(values.min()), key=abs)
         raise ReadError(
             f"{where}: integer {extreme} is beyond 2**53 and has no exact float64; "

@@ -17,6 +17,7 @@ from hbp_spmv.errors import ReadError
 
 __all__ = [
     "DAMAGED",
+    "EXACT",
     "Block",
     "Words",
     "blocks",
@@ -33,7 +34,8 @@ _READ_BYTES = 1 << 16
 _INTEGER = re.compile(rb"[+-]?\d+")
 _NUMBER = re.compile(rb"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|inf(inity)?|nan)", re.IGNORECASE)
 _COMMENTS = {mark: re.compile(rb"(?m)^[ \t]*[" + mark + rb"][^\n]*") for mark in (b"#%", b"%")}
-_EXACT = 2**53
+EXACT = 2**53
+"""Integers beyond it have no exact float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,7 @@ def _values(text: bytes, count: int) -> npt.NDArray | None:
             except (ValueError, DeprecationWarning):
                 continue
         if len(values) == count:
-            large = np.abs(values) >= _EXACT
+            large = np.abs(values) >= EXACT
             exact = not large.any() or (kind is np.float64 and not _has_long_integer(text))
             return values if exact else None
     return None
@@ -165,7 +167,7 @@ def _has_long_integer(text: bytes) -> bool:
 
 
 def _beyond(word: bytes) -> bool:
-    return bool(_INTEGER.fullmatch(word)) and (len(word) > 25 or abs(int(word)) > _EXACT)
+    return bool(_INTEGER.fullmatch(word)) and (len(word) > 25 or abs(int(word)) > EXACT)
 
 
 def _not_a_number(block: Block, text: bytes) -> ReadError:
