@@ -17,17 +17,7 @@ from tenfold_core.errors import ConfigError, InputError
 
 from hbp_spmv.building import all_equal
 from hbp_spmv.config import SIGMAS, WINDOW_SPAN, BuildConfig
-from hbp_spmv.hashing import (
-    ORDER_CLASSES,
-    ORDER_NONE,
-    ORDER_PAPER,
-    ORDER_SORT,
-    HashParams,
-    heavy_limit,
-    length_classes,
-    quality,
-    tune,
-)
+from hbp_spmv.hashing import HashParams, heavy_limit, length_classes, quality, tune
 from hbp_spmv.kernels import build
 from hbp_spmv.kernels.compact import EMPTIES_PER_UNIT, FIELDS
 
@@ -55,14 +45,12 @@ FEWEST_IN_SEGMENT = 512
 GROUP_COST = 4
 """Cost of a group beside its nonzeros, in nonzeros per lane; it only shapes the schedule."""
 _METHODS = {
-    "none": ORDER_NONE,
-    "paper": ORDER_PAPER,
-    "tuned": ORDER_PAPER,
-    "lut": ORDER_CLASSES,
-    "sort": ORDER_SORT,
+    "none": build.ORDER_NONE,
+    "paper": build.ORDER_PAPER,
+    "tuned": build.ORDER_PAPER,
+    "lut": build.ORDER_CLASSES,
+    "sort": build.ORDER_SORT,
 }
-UNUSED = 0xFFFFFFFF
-"""Target of an unused lane."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,41 +59,9 @@ class _Parts:
 
     low: NDArray
     high: NDArray
-    rows: NDArray[np.uint32]
-    """Row of each part; empty when parts are the rows."""
+    rows: NDArray | None
+    """Row of each part; None when parts are the rows."""
     windows: NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class _Heavy:
-    """The parts that are cut into segments."""
-
-    part: NDArray[np.int64]
-    row: NDArray[np.uint32]
-    low: NDArray[np.int64]
-    high: NDArray[np.int64]
-
-
-@dataclass(slots=True)
-class _Lanes:
-    """The other parts in their order, one entry each; padded to full groups one by one."""
-
-    first: NDArray
-    length: NDArray[np.int32]
-    target: NDArray[np.uint32]
-    """Their rows until `_targets` has run."""
-    counts: NDArray[np.int64]
-    """Parts of each window."""
-
-    def pad(self, lanes: int) -> int:
-        """Fill up the last group of every window; return the number of groups."""
-        groups = int((-(-self.counts // lanes)).sum())
-        for name, unused in (("first", 0), ("length", 0), ("target", UNUSED)):
-            array = getattr(self, name)
-            padded = np.empty(groups * lanes, array.dtype)
-            build.pad_groups(array, self.counts, lanes, unused, padded)
-            setattr(self, name, padded)
-        return groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,63 +190,52 @@ class CompactLayout:
 
 
 class _Builder:
-    """One build, step by step: parts, order, index width, heavy rows, targets, elements.
-
-    At its peak a build holds the layout and 4 bytes a lane (where the lane's part begins in the
-    CSR), or before any element is written up to 16 bytes a (row, strip) pair, and with strips
-    8 bytes a row.
-    """
+    """One build, step by step: parts, heavy rows, order, index width, elements."""
 
     def __init__(self, a: csr_array, config: BuildConfig) -> None:
         self.a = a
         self.config = config
         self.lanes = config.lanes or 16
-        position = np.int32 if a.nnz < 1 << 31 else np.int64
-        self.ptr = a.indptr.astype(position, copy=False)
-        # Columns are not negative: the same bits serve as unsigned ones.
-        narrow = a.indices.dtype == np.int32
-        self.col = a.indices.view(np.uint32) if narrow else a.indices.astype(np.uint32, copy=False)
-        self.strips = config.strips if config.strips and config.strips < a.shape[1] else 0
+        self.col = a.indices.astype(np.uint32, copy=False)
         self.uniform = all_equal(a.data)
         self.heavy = heavy_limit(a.shape[0], a.nnz)
-        lengths = np.diff(self.ptr)
-        self.empty_rows = np.flatnonzero(lengths == 0).astype(np.uint32)
-        self.classes = length_classes(lengths[lengths <= self.heavy])
-        self.sigma = config.sigma or self._sigma(lengths)
+        self.lengths = np.diff(a.indptr)
+        self.classes = length_classes(self.lengths[self.lengths <= self.heavy])
 
     def build(self) -> CompactLayout:
-        parts = self._parts()
-        heavy = self._heavy_parts(parts)
-        lanes = self._arrange(parts)
-        windows = parts.windows
-        del parts  # the arrays of strips live on in `lanes`, until they are padded
-        index, floor, limit = self._index(lanes)
-        cuts = self._cut(heavy, narrow=floor)
-        if floor and sum(map(len, cuts)) > max(FEW_SEGMENTS, self.a.nnz // FEWEST_IN_SEGMENT):
+        sigma = self.config.sigma or self._sigma()
+        parts = self._parts(sigma)
+        order, counts = self._order(parts)
+        index, floor, limit = self._index(parts, order, counts)
+        cuts = self._cut_heavy(parts, narrow=floor)
+        segments = sum(len(low) for _, low in cuts)
+        if floor and segments > max(FEW_SEGMENTS, self.a.nnz // FEWEST_IN_SEGMENT):
             index, floor, limit = self._wide_index()
-            cuts = self._cut(heavy, narrow=False)
-        segment_target, split_rows, split_start = self._targets(lanes, windows, heavy, cuts)
-        groups = lanes.pad(self.lanes)
+            cuts = self._cut_heavy(parts, narrow=False)
+        targets, segment_target, split_rows, split_start = self._targets(parts, cuts)
 
-        segment_ptr = np.concatenate([np.empty(0, np.int64), *cuts])
-        sizes = [np.diff(low, append=end) for low, end in zip(cuts, heavy.high, strict=True)]
-        segment_sizes = np.concatenate([np.empty(0, np.int64), *sizes])
+        groups = int((-(-counts // self.lanes)).sum())
+        segment_ptr = np.concatenate([low for _, low in cuts]) if cuts else np.empty(0, np.int64)
+        ends = np.concatenate([np.append(low[1:], parts.high[part]) for part, low in cuts] or [[]])
+        segment_sizes = (ends - segment_ptr).astype(np.int64)
         grouped = self.a.nnz - int(segment_sizes.sum())
+        segment_start = np.concatenate([[grouped], grouped + np.cumsum(segment_sizes)])
+        source = self.a.data[:0] if self.uniform else self.a.data
         layout = CompactLayout(
             shape=self.a.shape,
             nnz=self.a.nnz,
             lanes=self.lanes,
-            sigma=self.sigma,
-            strips=self.strips,
+            sigma=sigma,
+            strips=0 if parts.rows is None else self.config.strips or 0,
             heavy_rows=len(cuts),
-            start=np.empty(groups + 1, np.int64),
-            lengths=lanes.length,
-            targets=lanes.target,
+            start=np.zeros(groups + 1, np.int64),
+            lengths=np.empty(groups * self.lanes, np.int32),
+            targets=np.empty(groups * self.lanes, np.uint32),
             group_base=np.empty(groups, np.uint32),
-            segment_start=np.append(grouped, grouped + np.cumsum(segment_sizes)),
+            segment_start=segment_start.astype(np.int64),
             segment_target=segment_target,
             segment_base=self._segment_bases(segment_ptr, floor, limit),
-            empty_rows=self.empty_rows,
+            empty_rows=np.flatnonzero(self.lengths == 0).astype(np.uint32),
             split_rows=split_rows,
             split_start=split_start,
             col=_padded(self.a.nnz, self.lanes, index),
@@ -299,85 +244,57 @@ class _Builder:
             else _padded(self.a.nnz, self.lanes, self.a.dtype),
             perm=np.empty(self.a.nnz, np.int64) if self.config.keep_perm else None,
         )
-        self._fill(layout, lanes.first, segment_ptr, floor, limit)
-        return layout
-
-    def _fill(
-        self, layout: CompactLayout, first: NDArray, segments: NDArray, floor: bool, limit: int
-    ) -> None:
-        """Write the elements of the groups, then those of the segments."""
-        source = self.a.data[:0] if self.uniform else self.a.data
         val = source if self.uniform else layout.val
         perm = np.empty(0, np.int64) if layout.perm is None else layout.perm
         p = build.fill_groups(
-            first, layout.lengths, self.lanes, self.col, source, floor, limit, layout.start,
-            layout.group_base, layout.col, val, perm,
-        )  # fmt: skip
-        build.fill_segments(
-            segments, layout.segment_start, layout.segment_base, self.col, source, p, layout.col,
+            parts.low, parts.high, targets, order, counts, self.lanes, self.col, source, floor,
+            limit, layout.start, layout.lengths, layout.targets, layout.group_base, layout.col,
             val, perm,
         )  # fmt: skip
+        build.fill_segments(
+            segment_ptr, segment_start, layout.segment_base, self.col, source, p, layout.col, val,
+            perm,
+        )  # fmt: skip
+        return layout
 
-    def _sigma(self, lengths: NDArray) -> int:
+    def _sigma(self) -> int:
         """Return the smallest window within 3 % of the best lane efficiency on sample windows."""
-        rows = len(lengths)
+        rows = len(self.lengths)
         span = SIGMAS[-1]
         tops = range(0, rows, span * max(1, rows // (8 * span)))
         cost = {}
         for sigma in SIGMAS:
             cost[sigma] = 0
             for top in tops:
-                ends = np.append(0, np.cumsum(lengths[top : top + span])).astype(lengths.dtype)
-                kept = self._arrange(_whole_rows(ends, sigma), lanes=1).length
-                cost[sigma] += quality(kept, np.arange(len(kept)), self.lanes)[0]
+                sample = self.lengths[top : top + span]
+                order, _ = self._order(_whole_rows(np.append(0, np.cumsum(sample)), sigma))
+                cost[sigma] += quality(sample, order, self.lanes)[0]
         return next(s for s in SIGMAS if cost[s] <= 1.03 * min(cost.values()))
 
-    def _parts(self) -> _Parts:
+    def _parts(self, sigma: int) -> _Parts:
         """Return the rows, or the (row, strip) pairs in strip-major order."""
-        if not self.strips:
-            return _whole_rows(self.ptr, self.sigma)
-        counts = np.zeros(-(-self.a.shape[1] // self.strips), np.int64)
-        build.count_parts(self.ptr, self.col, self.strips, counts)
+        width = self.config.strips
+        if not width or width >= self.a.shape[1]:
+            return _whole_rows(self.a.indptr, sigma)
+        counts = np.zeros(-(-self.a.shape[1] // width), np.int64)
+        build.count_parts(self.a.indptr, self.col, width, counts)
         ends = np.cumsum(counts)
-        low = np.empty(int(ends[-1]), self.ptr.dtype)
-        high, rows = np.empty_like(low), np.empty(len(low), np.uint32)
-        build.split_parts(self.ptr, self.col, self.strips, ends - counts, low, high, rows)
-        tops = [np.arange(e - c, e, self.sigma) for e, c in zip(ends, counts, strict=True)]
+        low = np.empty(int(ends[-1]), np.int64)
+        high, rows = np.empty_like(low), np.empty_like(low)
+        build.split_parts(self.a.indptr, self.col, width, ends - counts, low, high, rows)
+        tops = [np.arange(e - c, e, sigma) for e, c in zip(ends, counts, strict=True)]
         return _Parts(low, high, rows, np.append(np.concatenate(tops), ends[-1]))
 
-    def _heavy_parts(self, parts: _Parts) -> _Heavy:
-        found = np.flatnonzero(parts.high - parts.low > self.heavy)
-        rows = parts.rows[found] if self.strips else found.astype(np.uint32)
-        low, high = parts.low[found].astype(np.int64), parts.high[found].astype(np.int64)
-        return _Heavy(found, rows, low, high)
-
-    def _arrange(self, parts: _Parts, lanes: int | None = None) -> _Lanes:
-        """Return the light parts in hash order; those of strips are arranged where they lie."""
-        params = self._params(parts)
-        counts = np.empty(len(parts.windows) - 1, np.int64)
-        if len(parts.rows):
-            first, row = parts.low, parts.rows
-            length = parts.high if parts.high.dtype == np.int32 else np.empty(len(row), np.int32)
-        else:
-            light = len(parts.low) - len(self.empty_rows) if lanes is None else len(parts.low)
-            first = np.empty(light, self.ptr.dtype)
-            length, row = np.empty(light, np.int32), np.empty(light, np.uint32)
-        kept = build.arrange_windows(
-            parts.low, parts.high, parts.rows, parts.windows, lanes or self.lanes, self.heavy,
-            _METHODS[self.config.hash], (params.k0, params.s, params.t, params.u), self.classes,
-            True, first, length, row, counts,
-        )  # fmt: skip
-        return _Lanes(first[:kept], length[:kept], row[:kept], counts)
-
-    def _cut(self, heavy: _Heavy, *, narrow: bool) -> list[NDArray[np.int64]]:
-        """Return for each heavy part the CSR positions at which its segments begin.
+    def _cut_heavy(self, parts: _Parts, *, narrow: bool) -> list[tuple[int, NDArray[np.int64]]]:
+        """Return each heavy part with the CSR position at which each of its segments begins.
 
         Segments hold at most SEGMENT nonzeros and, if `narrow`, span what 16 bits reach.
         """
         cuts = []
-        for low, high in zip(heavy.low.tolist(), heavy.high.tolist(), strict=True):
+        for part in np.flatnonzero(parts.high - parts.low > self.heavy):
+            low, high = int(parts.low[part]), int(parts.high[part])
             if not narrow:
-                cuts.append(np.arange(low, high, SEGMENT))
+                cuts.append((int(part), np.arange(low, high, SEGMENT)))
                 continue
             starts = [low]
             while high - starts[-1] > SEGMENT or (
@@ -386,47 +303,53 @@ class _Builder:
                 reach = int(self.col[starts[-1]]) + WINDOW_SPAN
                 longest = self.col[starts[-1] : min(high, starts[-1] + SEGMENT)]
                 starts.append(starts[-1] + int(np.searchsorted(longest, reach)))
-            cuts.append(np.array(starts, np.int64))
+            cuts.append((int(part), np.array(starts, np.int64)))
         return cuts
 
-    def _targets(
-        self, lanes: _Lanes, windows: NDArray, heavy: _Heavy, cuts: list[NDArray]
-    ) -> tuple[NDArray, ...]:
-        """Say where each sum goes: its row, or a partial slot of a row that has several sums.
-
-        Returns:
-            Targets of the segments; the rows of several sums, and where their partial slots begin.
-        """
+    def _targets(self, parts: _Parts, cuts: list) -> tuple[NDArray, ...]:
+        """Say where each sum goes: its row, or a partial slot of a row that has several sums."""
         rows = self.a.shape[0]
-        pieces = np.array([len(starts) for starts in cuts], np.int64)
-        if self.strips:
-            sums = np.zeros(rows, np.uint32)
-            build.count_sums(lanes.target, heavy.row, pieces, sums)
-            split_rows = np.flatnonzero(sums > 1).astype(np.uint32)
-            split_sums = sums[split_rows]
-            del sums
-        else:
-            split_rows, split_sums = heavy.row[pieces > 1], pieces[pieces > 1]
-        split_start = np.zeros(len(split_rows) + 1, np.int64)
-        np.cumsum(split_sums, out=split_start[1:])
-        if rows + int(split_start[-1]) >= UNUSED:
+        none = np.empty(0, np.uint32)
+        if parts.rows is None and all(len(starts) == 1 for _, starts in cuts):
+            heavy = np.array([part for part, _ in cuts], np.uint32)
+            return np.arange(rows, dtype=np.uint32), heavy, none, np.zeros(1, np.int64)
+        sums = np.ones(len(parts.low), np.int64)
+        sums[parts.high == parts.low] = 0
+        for part, starts in cuts:
+            sums[part] = len(starts)
+        owner = np.arange(rows) if parts.rows is None else parts.rows
+        per_row = np.bincount(owner, sums, minlength=rows).astype(np.int64)
+        split_rows = np.flatnonzero(per_row > 1)
+        split_start = np.concatenate([[0], np.cumsum(per_row[split_rows])])
+        if rows + int(split_start[-1]) >= 0xFFFFFFFF:
             raise InputError(
                 f"strips={self.config.strips}: {int(split_start[-1])} partial sums exceed 32-bit "
                 "targets; use wider strips"
             )
-        targets = heavy.row.copy()
-        if self.strips:
-            place = np.arange(rows, dtype=np.uint32)
-            np.add(split_start[:-1], rows, out=split_sums, casting="unsafe")
-            place[split_rows] = split_sums
-            build.assign_targets(
-                lanes.target, lanes.counts, windows, heavy.part, heavy.row, pieces, place, targets
-            )
-        else:
-            targets[pieces > 1] = rows + split_start[:-1]
-        behind = [np.arange(count, dtype=np.uint32) for count in pieces]
-        segments = np.repeat(targets, pieces) + np.concatenate([targets[:0], *behind])
-        return segments, split_rows, split_start
+        targets = owner.astype(np.uint32)
+        split = np.flatnonzero(per_row[owner] > 1)
+        by_row = split[np.argsort(owner[split], kind="stable")]
+        targets[by_row] = rows + np.cumsum(sums[by_row]) - sums[by_row]
+        segment_target = [
+            targets[part] + np.arange(len(starts), dtype=np.uint32) for part, starts in cuts
+        ]
+        return (
+            targets,
+            np.concatenate(segment_target) if cuts else none,
+            split_rows.astype(np.uint32),
+            split_start.astype(np.int64),
+        )
+
+    def _order(self, parts: _Parts) -> tuple[NDArray, NDArray]:
+        """Return the kept parts in hash order and their number per window."""
+        params = self._params(parts)
+        order = np.empty(len(parts.low), np.int64 if len(parts.low) >= 1 << 31 else np.int32)
+        counts = np.empty(len(parts.windows) - 1, np.int64)
+        kept = build.order_windows(
+            parts.low, parts.high, parts.windows, self.heavy, _METHODS[self.config.hash],
+            (params.k0, params.s, params.t, params.u), self.classes, True, order, counts,
+        )  # fmt: skip
+        return order[:kept], counts
 
     def _params(self, parts: _Parts) -> HashParams:
         config = self.config
@@ -440,7 +363,7 @@ class _Builder:
             blocks.append(block[block <= self.heavy])
         return tune([block for block in blocks if block.any()], self.lanes)
 
-    def _index(self, lanes: _Lanes) -> tuple[type, bool, int]:
+    def _index(self, parts: _Parts, order: NDArray, counts: NDArray) -> tuple[type, bool, int]:
         """Return the type of the column offsets, whether groups have a base, and its bound."""
         columns = self.a.shape[1]
         if self.config.index == "u32":
@@ -449,7 +372,7 @@ class _Builder:
             return np.uint16, False, 0
         limit = columns - WINDOW_SPAN
         widest = build.widest_offset(
-            lanes.first, lanes.length, lanes.counts, self.lanes, self.col, limit
+            parts.low, parts.high, order, counts, self.lanes, self.col, limit
         )
         if widest < WINDOW_SPAN:
             return np.uint16, True, limit
@@ -471,7 +394,7 @@ class _Builder:
 
 def _whole_rows(ptr: NDArray, sigma: int) -> _Parts:
     windows = np.append(np.arange(0, len(ptr) - 1, sigma), len(ptr) - 1)
-    return _Parts(ptr[:-1], ptr[1:], np.empty(0, np.uint32), windows)
+    return _Parts(ptr[:-1], ptr[1:], None, windows)
 
 
 def _padded(size: int, lanes: int, dtype: type) -> NDArray:
