@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse products on a CUDA device: the grouped layout, its kernels, and what launches them.
+
+The import needs NumPy alone; CuPy or PyTorch with Triton are imported by what uses them.
+"""
+
+from tenfold_core.sparse.gpu.layout import GroupedRows, reference_grouped_product
+from tenfold_core.sparse.gpu.product import GroupedProduct
+from tenfold_core.sparse.gpu.runtime import Runtime, cuda_runtime
+
+__all__ = ["GroupedProduct", "GroupedRows", "Runtime", "cuda_runtime", "reference_grouped_product"]
