@@ -238,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(256) grouped_product(
 // the strip of x it works on in shared memory. A unit is a run of groups of one strip. Each block
 // owns a contiguous run of units (fixed allocation) and then draws single ones from the rest by a
 // ticket (competitive allocation). The combine kernel that follows sets the ticket back to 0.
-extern "C" __global__ void __launch_bounds__(512) strip_product(
+extern "C" __global__ void __launch_bounds__(512, 2) strip_product(
     const VALUE* __restrict__ x, VALUE* y, VALUE* partial, VALUE alpha, VALUE beta,
     unsigned rows, unsigned columns, unsigned width, unsigned units,
     const unsigned* __restrict__ runs, const unsigned* __restrict__ unit_group,

@@ -2,8 +2,8 @@
 """Products of grouped rows by the CUDA kernels of ``grouped.cu``: bound once, then only launched.
 
 A product allocates nothing once it has run on a stream, reads no result on the host and launches
-one kernel, or two if rows are split; it can be captured in a CUDA graph. Partial sums and the ticket
-of the strip kernel belong to a stream, so products of one matrix may run on several streams at once.
+one kernel, or two if rows are split; it can be captured in a CUDA graph. Partial sums and the
+ticket of the strip kernel belong to a stream, so one matrix may be multiplied on several at once.
 """
 
 from dataclasses import dataclass
