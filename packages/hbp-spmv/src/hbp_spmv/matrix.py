@@ -27,20 +27,11 @@ __all__ = ["HBPMatrix", "from_csr"]
 
 
 def from_csr(
-    a: Any,
-    *,
-    layout: str | None = None,
-    hash: str | None = None,
-    hash_params: Mapping[str, int] | None = None,
-    block: tuple[int, int] | None = None,
-    dtype: DTypeLike | None = None,
-    threads: int | None = None,
-    device: str = "cpu",
-    n_products: int = 1000,
-    tune: bool = False,
-    config: BuildConfig | None = None,
-    **settings: Any,
-) -> "HBPMatrix":
+    a: Any, *, layout: str | None = None, hash: str | None = None,
+    hash_params: Mapping[str, int] | None = None, block: tuple[int, int] | None = None,
+    dtype: DTypeLike | None = None, threads: int | None = None, device: str = "cpu",
+    n_products: int = 1000, tune: bool = False, config: BuildConfig | None = None, **settings: Any,
+) -> "HBPMatrix":  # fmt: skip
     """Build an `HBPMatrix` from any sparse matrix.
 
     Args:
@@ -74,16 +65,21 @@ def from_csr(
     matrix = canonical(a, dtype)
     workers = workers_for(threads, matrix.nnz)
     started = time.perf_counter()
-    reasons: tuple[str, ...] = ()
-    if chosen.layout == "auto" and matrix.dtype.kind == "f" and kernels_work():
-        from hbp_spmv.selection import choose
-
-        stored, _, plan = choose(matrix, chosen, threads=workers, n_products=n_products, tune=tune)
-        reasons = plan.reasons
-    else:
-        stored = build_layout(matrix, chosen)
+    stored, reasons = _build(matrix, chosen, workers, n_products, tune=tune)
     seconds = time.perf_counter() - started
     return HBPMatrix(stored, chosen, matrix.dtype, workers, seconds, reasons)
+
+
+def _build(
+    matrix: csr_array, config: BuildConfig, workers: int, n_products: int, *, tune: bool
+) -> tuple[Any, tuple[str, ...]]:
+    """Return the stored layout and, if `auto` chose it, why."""
+    if config.layout != "auto" or matrix.dtype.kind != "f" or not kernels_work():
+        return build_layout(matrix, config), ()
+    from hbp_spmv.selection import choose
+
+    stored, _, plan = choose(matrix, config, threads=workers, n_products=n_products, tune=tune)
+    return stored, plan.reasons
 
 
 def _require_cpu(device: str) -> None:
