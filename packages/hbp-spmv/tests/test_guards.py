@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guards against losing the speed that the package exists for: ratios on one machine, best of 7.
 
-The claims themselves are measured by benchmarks; these bounds are far below what is found there, and
-the nightly job alone runs them.
+The claims themselves are measured by benchmarks; these bounds are far below what is found there,
+and the nightly job alone runs them.
 """
 
 from time import perf_counter

@@ -255,7 +255,10 @@ def test_tables_are_rewritten_between_their_marks(package, capsys):
 
 @pytest.mark.parametrize(
     ("table", "text"),
-    [("suite/nothing", "expected claims, reorder or"), ("gone/claims", "is missing; run 'make")],
+    [
+        ("suite/nothing", "expected claims, reorder, sizes or"),
+        ("gone/claims", "is missing; run 'make"),
+    ],
 )
 def test_a_table_that_cannot_be_made_is_an_error(table, text, package):
     mark = f"<!-- results: {table} -->\n<!-- /results -->\n"

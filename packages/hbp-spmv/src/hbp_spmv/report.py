@@ -3,8 +3,8 @@
 
 `python -m hbp_spmv.report [--check] packages/hbp-spmv` rewrites, in README.md and in
 benchmarks/results/*.md, what stands between `<!-- results: FOLDER/TABLE -->` and the next
-`<!-- /results -->`. FOLDER lies in benchmarks/results; TABLE is `claims`, `reorder`, `sizes` or, for a
-type and a number of threads, such as `products-f64-1`.
+`<!-- /results -->`. FOLDER lies in benchmarks/results; TABLE is `claims`, `reorder`,
+`sizes` or, for a type and a number of threads, such as `products-f64-1`.
 """
 
 import re
