@@ -158,10 +158,31 @@ def _reference(matrix: CSR, x: np.ndarray, _: int) -> np.ndarray:
     return np.array(columns, dtype=x.dtype).reshape(x.shape[1], matrix.shape[0]).T.copy()
 
 
+def _has_cupy() -> bool:
+    from tenfold_core.device import cupy_or_none
+
+    return cupy_or_none() is not None
+
+
+def _cupy(matrix: CSR, x: np.ndarray, _: int) -> np.ndarray:
+    from tenfold_core.sparse.gpu import multiply_rows
+
+    return multiply_rows(matrix, x)
+
+
 _SPARSE = "pip install 'tenfold-core[sparse]'"
 register(Backend("scipy", _has_scipy, _scipy, f"SciPy is missing, {_SPARSE}"))
 register(
     Backend("numba", lambda: _numba_kernels() is not None, _numba, f"Numba is missing, {_SPARSE}")
 )
 register(Backend("numpy", _always, _numpy))
+register(
+    Backend(
+        "cupy",
+        _has_cupy,
+        _cupy,
+        "no CUDA device, or CuPy is missing: pip install 'tenfold-core[cuda13]'",
+        automatic=False,  # it copies the matrix to the device at every call
+    )
+)
 register(Backend("reference", _always, _reference, automatic=False))

@@ -6,6 +6,15 @@ The import needs NumPy alone; CuPy or PyTorch with Triton are imported by what u
 
 from tenfold_core.sparse.gpu.layout import GroupedRows, reference_grouped_product
 from tenfold_core.sparse.gpu.product import GroupedProduct
+from tenfold_core.sparse.gpu.rows import RowsProduct, multiply_rows
 from tenfold_core.sparse.gpu.runtime import Runtime, cuda_runtime
 
-__all__ = ["GroupedProduct", "GroupedRows", "Runtime", "cuda_runtime", "reference_grouped_product"]
+__all__ = [
+    "GroupedProduct",
+    "GroupedRows",
+    "RowsProduct",
+    "Runtime",
+    "cuda_runtime",
+    "multiply_rows",
+    "reference_grouped_product",
+]

@@ -6,7 +6,9 @@ one kernel, or two if rows are split; it can be captured in a CUDA graph. Partia
 ticket of the strip kernel belong to a stream, so one matrix may be multiplied on several at once.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 
 from tenfold_core.errors import InputError
 from tenfold_core.sparse.gpu.layout import WARP, GroupedRows
+from tenfold_core.sparse.gpu.rows import column_chunks
 from tenfold_core.sparse.gpu.runtime import Runtime
 
 __all__ = ["GroupedProduct"]
@@ -26,8 +29,6 @@ UNIT = 64
 """Groups of a unit of the strip kernel: four for each warp of a block."""
 FIXED_SHARE = 0.8
 """Part of the work that strip blocks own; the rest is drawn by ticket."""
-COLUMNS = (8, 4, 2, 1)
-"""Columns of X that one launch may compute, the most first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class GroupedProduct:
         self.matrix, self.runtime = matrix, runtime
         self.dtype = np.dtype(matrix.val.dtype)
         self._num_partials = matrix.num_partials
-        self._workspace: dict[int, tuple[Any, Any]] = {}
+        self._workspace: dict[tuple[int, int], tuple[Any, Any]] = {}
         self._kernels: dict[int, Any] = {}
         fits = matrix.strip_width * self.dtype.itemsize <= runtime.shared_bytes
         self._local_x = fits if local_x is None else local_x and fits
@@ -80,25 +81,38 @@ class GroupedProduct:
 
         Shapes: ``x`` (columns of A,) -> ``y`` (rows,), or flat and row-major if ``columns`` > 1.
         """
-        partial, ticket = self._memory(columns)
+        self._run(self._memory(columns), x, y, alpha, beta, columns)
+
+    def bind(
+        self, x: Any, y: Any, alpha: float = 1.0, beta: float = 0.0, columns: int = 1
+    ) -> Callable[[], None]:
+        """Return the product with memory of its own, ready to be captured in a CUDA graph.
+
+        It runs once into a copy of ``y``, so that all kernels are compiled and loaded.
+        """
+        memory = self._allocated(columns)
+        self._run(memory, x, y.copy(), alpha, beta, columns)
+        return partial(self._run, memory, x, y, alpha, beta, columns)
+
+    def _run(
+        self, memory: tuple[Any, Any], x: Any, y: Any, alpha: float, beta: float, columns: int
+    ) -> None:
+        sums, ticket = memory
         one, two = self.dtype.type(alpha), self.dtype.type(beta)
         if columns == 1:
-            self._launch(x, y, partial, ticket, one, two, 1, 1)
+            self._launch(x, y, sums, ticket, one, two, 1, 1)
             return
-        done = 0
-        for width in COLUMNS:
-            while columns - done >= width:
-                part = None if partial is None else partial[done:]
-                self._launch(x[done:], y[done:], part, ticket, one, two, columns, width)
-                done += width
+        for first, width in column_chunks(columns):
+            part = None if sums is None else sums[first:]
+            self._launch(x[first:], y[first:], part, ticket, one, two, columns, width)
 
     def _launch(
-        self, x: Any, y: Any, partial: Any, ticket: Any, alpha: Any, beta: Any,
-        stride: int, width: int,
+        self, x: Any, y: Any, sums: Any, ticket: Any, alpha: Any, beta: Any, stride: int,
+        width: int,
     ) -> None:  # fmt: skip
         a, kernels = self.matrix, self._load(width)
         if self._strips is not None and stride == 1:
-            self._launch_strips(kernels, x, y, partial, ticket, alpha, beta)
+            self._launch_strips(kernels, x, y, sums, ticket, alpha, beta)
             first_groups = 0
         else:
             first_groups = self._blocks[0]
@@ -108,7 +122,7 @@ class GroupedProduct:
             kernels["grouped_product"](
                 (blocks,), (THREADS,),
                 (
-                    x, y, partial, alpha, beta, np.uint32(stride), np.uint32(a.shape[0]), groups,
+                    x, y, sums, alpha, beta, np.uint32(stride), np.uint32(a.shape[0]), groups,
                     segments, empties, np.uint32(first_groups), np.uint32(self._blocks[1]),
                     a.start, a.lengths, a.targets, a.group_base, a.segment_start,
                     a.segment_target, a.segment_base, a.empty_rows, a.col, a.val,
@@ -119,20 +133,20 @@ class GroupedProduct:
             kernels["combine_parts"](
                 (max(1, -(-threads // THREADS)),), (THREADS,),
                 (
-                    y, partial, alpha, beta, np.uint32(stride), np.uint32(self._split),
+                    y, sums, alpha, beta, np.uint32(stride), np.uint32(self._split),
                     np.uint32(self._combine_lanes), a.split_rows, a.split_start, ticket,
                 ),
             )  # fmt: skip
 
     def _launch_strips(
-        self, kernels: Any, x: Any, y: Any, partial: Any, ticket: Any, alpha: Any, beta: Any
+        self, kernels: Any, x: Any, y: Any, sums: Any, ticket: Any, alpha: Any, beta: Any
     ) -> None:
         a, strips = self.matrix, self._strips
         assert strips is not None
         kernels["strip_product"](
             (strips.blocks,), (STRIP_THREADS,),
             (
-                x, y, partial, alpha, beta, np.uint32(a.shape[0]), np.uint32(a.shape[1]),
+                x, y, sums, alpha, beta, np.uint32(a.shape[0]), np.uint32(a.shape[1]),
                 np.uint32(a.strip_width), np.uint32(strips.units), strips.runs, strips.unit_group,
                 strips.unit_strip, ticket, a.start, a.lengths, a.targets, a.group_base, a.col,
                 a.val,
@@ -149,17 +163,17 @@ class GroupedProduct:
 
     def _memory(self, columns: int) -> tuple[Any, Any]:
         """Return partial sums and ticket of the current stream, allocated on first use."""
+        stream = self.runtime.stream()
+        found = self._workspace.get((stream, columns))
+        if found is None:
+            found = self._workspace[stream, columns] = self._allocated(columns)
+        return found
+
+    def _allocated(self, columns: int) -> tuple[Any, Any]:
         if not self._num_partials and self._strips is None:
             return None, None
-        stream, xp = self.runtime.stream(), self.runtime.xp
-        size = max(self._num_partials * columns, 1)
-        partial, ticket = self._workspace.get(stream, (None, None))
-        if ticket is None:
-            ticket = xp.zeros(1, np.uint32)
-        if partial is None or partial.shape[0] < size:
-            partial = xp.empty(size, self.dtype)
-        self._workspace[stream] = (partial, ticket)
-        return partial, ticket
+        xp = self.runtime.xp
+        return xp.empty(max(self._num_partials * columns, 1), self.dtype), xp.zeros(1, np.uint32)
 
     def _load(self, columns: int) -> Any:
         if columns not in self._kernels:
