@@ -80,7 +80,10 @@ class RowLayout:
 
     def work(self) -> list[NDArray]:
         """Return the cost of each row."""
-        return [np.diff(self.ptr) + ROW_COST]
+        longest = np.int32 if self.shape[1] < 1 << 30 else np.int64
+        work = np.subtract(self.ptr[1:], self.ptr[:-1], dtype=longest, casting="unsafe")
+        work += ROW_COST
+        return [work]
 
     def quality(self) -> tuple[float, float]:
         """Return lane efficiency (1: there are no groups) and standard deviation (0)."""

@@ -113,7 +113,7 @@ def cut(work: NDArray[np.integer], workers: int, *, fixed_share: float = FIXED_S
     units = len(work)
     if workers == 1:
         return Chunks(np.array([0, units]), np.array([0, 1, 1]))
-    done = np.concatenate([[0.0], np.cumsum(work, dtype=np.float64)])
+    done = _running_total(work)
     runs = workers * RUN_CHUNKS if fixed_share > 0 else 0
     tickets = workers * TICKET_CHUNKS if fixed_share < 1 else 0
     fixed = np.linspace(0, fixed_share * done[-1], runs + 1)
@@ -124,3 +124,13 @@ def cut(work: NDArray[np.integer], workers: int, *, fixed_share: float = FIXED_S
     per_run = RUN_CHUNKS if runs else 0
     queues = np.concatenate([np.arange(workers + 1) * per_run, [runs + tickets]])
     return Chunks(np.maximum.accumulate(bounds).astype(np.int64), queues.astype(np.int64))
+
+
+def _running_total(work: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Return the work before each unit, and all of it; piece by piece, since NumPy casts copies."""
+    total = np.zeros(len(work) + 1)
+    for first in range(0, len(work), 1 << 14):
+        piece = total[first + 1 : first + 1 + (1 << 14)]
+        np.cumsum(work[first : first + len(piece)], dtype=np.float64, out=piece)
+        piece += total[first]
+    return total

@@ -86,8 +86,8 @@ def features(a: csr_array, lanes: int = 16) -> Features:
         place_classes(light, length_classes(light), True, order, np.empty(40, np.int64))
         maxima, _, _ = quality(light, order, lanes)
         slots = (maxima * lanes + int((sample - light).sum())) / max(int(sample.sum()), 1)
-    steps = a.indices[: 1 << 18].astype(np.int64)
-    far = np.abs(np.diff(steps)) > 512 if steps.size > 1 else np.zeros(1)
+    steps = np.diff(a.indices[: 1 << 18])
+    far = np.abs(steps, out=steps) > 512 if steps.size else np.zeros(1)
     switches = float((lengths[1:] != lengths[:-1]).mean()) if rows > 1 else 0.0
     return Features(
         rows=rows,
@@ -266,7 +266,7 @@ def select(
 
 def _time(products: dict[str, Any], a: csr_array) -> dict[str, float]:
     """Return the best time of each product in microseconds, in turn, within the budget."""
-    x = np.linspace(0.5, 1.5, a.shape[1]).astype(a.dtype)
+    x = np.ones(a.shape[1], a.dtype)
     y = np.empty(a.shape[0], a.dtype)
     best = dict.fromkeys(products, float("inf"))
     for product in products.values():
