@@ -26,12 +26,17 @@ from hbp_spmv.config import PAPER_HASH, HashParams
 __all__ = [
     "CAP",
     "HASHES",
+    "ORDER_CLASSES",
+    "ORDER_NONE",
+    "ORDER_PAPER",
+    "ORDER_SORT",
     "PAPER_HASH",
     "HashParams",
     "heavy_limit",
     "length_classes",
     "place_classes",
     "place_paper",
+    "place_rows",
     "place_sorted",
     "quality",
     "reorder",
@@ -45,6 +50,7 @@ OWN_CLASS = 8
 """Lengths 0..8 have a class each."""
 
 HASHES = ("lut", "paper", "tuned", "sort", "none")
+ORDER_NONE, ORDER_PAPER, ORDER_CLASSES, ORDER_SORT = range(4)
 
 
 @njit(nogil=True, cache=True)
@@ -156,6 +162,33 @@ def place_sorted(lengths, descending, output_hash):
     for row in range(len(lengths)):
         keys[row] = -np.int64(lengths[row]) if descending else np.int64(lengths[row])
     output_hash[:] = np.argsort(keys, kind="mergesort")
+
+
+@njit(nogil=True, cache=True)
+def place_rows(lengths, method, params, classes, descending, output_hash, above, below, counts):
+    """Place the rows of one block by any method.
+
+    Args:
+        lengths: nonzeros of each row, (rows,).
+        method: one of the ORDER_ constants.
+        params: (k0, s, t, u) of the published family.
+        classes: table of the lut hash.
+        descending: longest first (lut and sort).
+        output_hash: result, (rows,).
+        above: scratch of `place_paper`.
+        below: scratch of `place_paper`.
+        counts: scratch of `place_classes`.
+    """
+    if method == ORDER_CLASSES:
+        place_classes(lengths, classes, descending, output_hash, counts)
+    elif method == ORDER_PAPER:
+        k0, s, t, u = params
+        place_paper(lengths, k0, s, t, u, output_hash, above, below)
+    elif method == ORDER_SORT:
+        place_sorted(lengths, descending, output_hash)
+    else:
+        for row in range(len(lengths)):
+            output_hash[row] = row
 
 
 @njit(nogil=True, cache=True)
