@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import tracemalloc
-
 import numpy as np
 import pytest
 from hbp_spmv import compact, from_csr
@@ -335,28 +333,6 @@ def test_the_window_is_the_smallest_that_is_good_enough():
     irregular = csr_from_lengths(mixed, 200, np.random.default_rng(0)).to_scipy()
     assert build(regular)._stored.sigma == 512
     assert build(irregular)._stored.sigma > 512
-
-
-def peak_of_a_build(a, layout):
-    """Return the peak of traced memory of a build as a multiple of the bytes of CSR."""
-    tracemalloc.start()
-    from_csr(a, layout=layout)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return peak / (a.data.nbytes + a.indices.nbytes + a.indptr.nbytes)
-
-
-@pytest.mark.parametrize("layout", ["compact", "csr", "auto"])
-def test_a_build_peaks_below_two_and_a_half_times_the_csr_bytes(layout):
-    rng = np.random.default_rng(0)
-    a = csr_from_lengths(rng.integers(0, 80, 25_000), 20_000, rng).to_scipy()
-    assert a.nnz > 980_000
-    parts = [a[:rows] for rows in (6_250, 12_500, 25_000)]
-    for part in parts:  # loading kernels, which depend on the size, is not part of a build
-        from_csr(part, layout=layout)
-    peaks = [peak_of_a_build(part, layout) for part in parts]
-    assert max(peaks) <= 2.5
-    assert max(peaks) <= 1.2 * min(peaks)  # the peak grows in step with the nonzeros
 
 
 @pytest.mark.parametrize("layout", ["compact", "csr", "paper"])

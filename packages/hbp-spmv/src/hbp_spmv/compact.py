@@ -17,7 +17,16 @@ from tenfold_core.errors import ConfigError, InputError
 
 from hbp_spmv.building import all_equal
 from hbp_spmv.config import SIGMAS, WINDOW_SPAN, BuildConfig
-from hbp_spmv.hashing import HashParams, heavy_limit, length_classes, quality, tune
+from hbp_spmv.hashing import (
+    ORDER_CLASSES,
+    ORDER_NONE,
+    ORDER_PAPER,
+    ORDER_SORT,
+    HashParams,
+    heavy_limit,
+    length_classes,
+    tune,
+)
 from hbp_spmv.kernels import build
 from hbp_spmv.kernels.compact import EMPTIES_PER_UNIT, FIELDS
 
@@ -45,12 +54,14 @@ FEWEST_IN_SEGMENT = 512
 GROUP_COST = 4
 """Cost of a group beside its nonzeros, in nonzeros per lane; it only shapes the schedule."""
 _METHODS = {
-    "none": build.ORDER_NONE,
-    "paper": build.ORDER_PAPER,
-    "tuned": build.ORDER_PAPER,
-    "lut": build.ORDER_CLASSES,
-    "sort": build.ORDER_SORT,
+    "none": ORDER_NONE,
+    "paper": ORDER_PAPER,
+    "tuned": ORDER_PAPER,
+    "lut": ORDER_CLASSES,
+    "sort": ORDER_SORT,
 }
+UNUSED = 0xFFFFFFFF
+"""Target of an unused lane."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +70,41 @@ class _Parts:
 
     low: NDArray
     high: NDArray
-    rows: NDArray | None
+    rows: NDArray[np.uint32] | None
     """Row of each part; None when parts are the rows."""
     windows: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class _Heavy:
+    """The parts that are cut into segments."""
+
+    part: NDArray[np.int64]
+    row: NDArray[np.uint32]
+    low: NDArray[np.int64]
+    high: NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class _Lanes:
+    """The other parts in their order, one entry each; padded to full groups one by one."""
+
+    first: NDArray
+    length: NDArray[np.int32]
+    target: NDArray[np.uint32]
+    """Their rows until `_targets` has run."""
+    counts: NDArray[np.int64]
+    """Parts of each window."""
+
+    def pad(self, lanes: int) -> int:
+        """Fill up the last group of every window; return the number of groups."""
+        groups = int((-(-self.counts // lanes)).sum())
+        for name, unused in (("first", 0), ("length", 0), ("target", UNUSED)):
+            array = getattr(self, name)
+            padded = np.empty(groups * lanes, array.dtype)
+            build.pad_groups(array, self.counts, lanes, unused, padded)
+            setattr(self, name, padded)
+        return groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +188,10 @@ class CompactLayout:
                 np.full(units, EMPTIES_PER_UNIT // 4),
             ]
         )
-        return [first, np.diff(self.split_start)] if len(self.split_rows) else [first]
+        if not len(self.split_rows):
+            return [first]
+        begin, end = self.split_start[:-1], self.split_start[1:]
+        return [first, np.subtract(end, begin, dtype=np.int32, casting="unsafe")]
 
     def quality(self) -> tuple[float, float]:
         """Return lane efficiency and the mean within-group deviation of the row lengths."""
@@ -190,52 +236,62 @@ class CompactLayout:
 
 
 class _Builder:
-    """One build, step by step: parts, heavy rows, order, index width, elements."""
+    """One build, step by step: parts, order, index width, heavy rows, targets, elements.
+
+    At its peak a build holds the layout and, for each lane, where its part begins in the CSR (4
+    bytes); before it writes elements, up to 16 bytes a part, and with strips 16 bytes a row.
+    """
 
     def __init__(self, a: csr_array, config: BuildConfig) -> None:
         self.a = a
         self.config = config
         self.lanes = config.lanes or 16
-        self.col = a.indices.astype(np.uint32, copy=False)
+        position = np.int32 if a.nnz < 1 << 31 else np.int64
+        self.ptr = a.indptr.astype(position, copy=False)
+        # Columns are not negative: the same bits serve as unsigned ones.
+        narrow = a.indices.dtype == np.int32
+        self.col = a.indices.view(np.uint32) if narrow else a.indices.astype(np.uint32, copy=False)
+        self.strips = config.strips if config.strips and config.strips < a.shape[1] else 0
         self.uniform = all_equal(a.data)
         self.heavy = heavy_limit(a.shape[0], a.nnz)
-        self.lengths = np.diff(a.indptr)
-        self.classes = length_classes(self.lengths[self.lengths <= self.heavy])
+        lengths = np.diff(self.ptr)
+        self.empty_rows = np.empty(np.count_nonzero(lengths == 0), np.uint32)
+        build.list_empty(lengths, self.empty_rows)
+        light = lengths.max(initial=0) <= self.heavy
+        self.classes = length_classes(lengths if light else lengths[lengths <= self.heavy])
+        self.sigma = config.sigma or self._sigma(lengths)
 
     def build(self) -> CompactLayout:
-        sigma = self.config.sigma or self._sigma()
-        parts = self._parts(sigma)
-        order, counts = self._order(parts)
-        index, floor, limit = self._index(parts, order, counts)
-        cuts = self._cut_heavy(parts, narrow=floor)
-        segments = sum(len(low) for _, low in cuts)
-        if floor and segments > max(FEW_SEGMENTS, self.a.nnz // FEWEST_IN_SEGMENT):
+        parts = self._parts()
+        heavy = self._heavy_parts(parts)
+        lanes = self._arrange(parts)
+        windows = parts.windows
+        del parts  # the arrays of strips live on in `lanes`, until they are padded
+        index, floor, limit = self._index(lanes)
+        cuts = self._cut(heavy, narrow=floor)
+        if floor and sum(map(len, cuts)) > max(FEW_SEGMENTS, self.a.nnz // FEWEST_IN_SEGMENT):
             index, floor, limit = self._wide_index()
-            cuts = self._cut_heavy(parts, narrow=False)
-        targets, segment_target, split_rows, split_start = self._targets(parts, cuts)
+            cuts = self._cut(heavy, narrow=False)
+        segment_target, split_rows, split_start = self._targets(lanes, windows, heavy, cuts)
+        groups = lanes.pad(self.lanes)
 
-        groups = int((-(-counts // self.lanes)).sum())
-        segment_ptr = np.concatenate([low for _, low in cuts]) if cuts else np.empty(0, np.int64)
-        ends = np.concatenate([np.append(low[1:], parts.high[part]) for part, low in cuts] or [[]])
-        segment_sizes = (ends - segment_ptr).astype(np.int64)
-        grouped = self.a.nnz - int(segment_sizes.sum())
-        segment_start = np.concatenate([[grouped], grouped + np.cumsum(segment_sizes)])
-        source = self.a.data[:0] if self.uniform else self.a.data
+        segment_ptr = np.concatenate([np.empty(0, np.int64), *cuts])
+        segment_start = self._segment_starts(segment_ptr, heavy, cuts)
         layout = CompactLayout(
             shape=self.a.shape,
             nnz=self.a.nnz,
             lanes=self.lanes,
-            sigma=sigma,
-            strips=0 if parts.rows is None else self.config.strips or 0,
+            sigma=self.sigma,
+            strips=self.strips,
             heavy_rows=len(cuts),
-            start=np.zeros(groups + 1, np.int64),
-            lengths=np.empty(groups * self.lanes, np.int32),
-            targets=np.empty(groups * self.lanes, np.uint32),
+            start=np.empty(groups + 1, np.int64),
+            lengths=lanes.length,
+            targets=lanes.target,
             group_base=np.empty(groups, np.uint32),
-            segment_start=segment_start.astype(np.int64),
+            segment_start=segment_start,
             segment_target=segment_target,
             segment_base=self._segment_bases(segment_ptr, floor, limit),
-            empty_rows=np.flatnonzero(self.lengths == 0).astype(np.uint32),
+            empty_rows=self.empty_rows,
             split_rows=split_rows,
             split_start=split_start,
             col=_padded(self.a.nnz, self.lanes, index),
@@ -244,57 +300,86 @@ class _Builder:
             else _padded(self.a.nnz, self.lanes, self.a.dtype),
             perm=np.empty(self.a.nnz, np.int64) if self.config.keep_perm else None,
         )
+        self._fill(layout, lanes.first, segment_ptr, floor, limit)
+        return layout
+
+    def _fill(
+        self, layout: CompactLayout, first: NDArray, segments: NDArray, floor: bool, limit: int
+    ) -> None:
+        """Write the elements of the groups, then those of the segments."""
+        source = self.a.data[:0] if self.uniform else self.a.data
         val = source if self.uniform else layout.val
         perm = np.empty(0, np.int64) if layout.perm is None else layout.perm
         p = build.fill_groups(
-            parts.low, parts.high, targets, order, counts, self.lanes, self.col, source, floor,
-            limit, layout.start, layout.lengths, layout.targets, layout.group_base, layout.col,
-            val, perm,
+            first, layout.lengths, self.lanes, self.col, source, floor, limit, layout.start,
+            layout.group_base, layout.col, val, perm,
         )  # fmt: skip
         build.fill_segments(
-            segment_ptr, segment_start, layout.segment_base, self.col, source, p, layout.col, val,
-            perm,
+            segments, layout.segment_start, layout.segment_base, self.col, source, p, layout.col,
+            val, perm,
         )  # fmt: skip
-        return layout
 
-    def _sigma(self) -> int:
+    def _sigma(self, lengths: NDArray) -> int:
         """Return the smallest window within 3 % of the best lane efficiency on sample windows."""
-        rows = len(self.lengths)
+        rows = len(lengths)
         span = SIGMAS[-1]
         tops = range(0, rows, span * max(1, rows // (8 * span)))
         cost = {}
         for sigma in SIGMAS:
             cost[sigma] = 0
             for top in tops:
-                sample = self.lengths[top : top + span]
-                order, _ = self._order(_whole_rows(np.append(0, np.cumsum(sample)), sigma))
-                cost[sigma] += quality(sample, order, self.lanes)[0]
+                sample = lengths[top : top + span]
+                parts = _whole_rows(np.append(0, np.cumsum(sample)), sigma)
+                cost[sigma] += build.count_steps(
+                    sample, parts.windows, self.lanes, self.heavy, *self._hash(parts)
+                )
         return next(s for s in SIGMAS if cost[s] <= 1.03 * min(cost.values()))
 
-    def _parts(self, sigma: int) -> _Parts:
+    def _parts(self) -> _Parts:
         """Return the rows, or the (row, strip) pairs in strip-major order."""
-        width = self.config.strips
-        if not width or width >= self.a.shape[1]:
-            return _whole_rows(self.a.indptr, sigma)
-        counts = np.zeros(-(-self.a.shape[1] // width), np.int64)
-        build.count_parts(self.a.indptr, self.col, width, counts)
+        if not self.strips:
+            return _whole_rows(self.ptr, self.sigma)
+        counts = np.zeros(-(-self.a.shape[1] // self.strips), np.int64)
+        build.count_parts(self.ptr, self.col, self.strips, counts)
         ends = np.cumsum(counts)
-        low = np.empty(int(ends[-1]), np.int64)
-        high, rows = np.empty_like(low), np.empty_like(low)
-        build.split_parts(self.a.indptr, self.col, width, ends - counts, low, high, rows)
-        tops = [np.arange(e - c, e, sigma) for e, c in zip(ends, counts, strict=True)]
+        low = np.empty(int(ends[-1]), self.ptr.dtype)
+        high, rows = np.empty_like(low), np.empty(len(low), np.uint32)
+        build.split_parts(self.ptr, self.col, self.strips, ends - counts, low, high, rows)
+        tops = [np.arange(e - c, e, self.sigma) for e, c in zip(ends, counts, strict=True)]
         return _Parts(low, high, rows, np.append(np.concatenate(tops), ends[-1]))
 
-    def _cut_heavy(self, parts: _Parts, *, narrow: bool) -> list[tuple[int, NDArray[np.int64]]]:
-        """Return each heavy part with the CSR position at which each of its segments begins.
+    def _heavy_parts(self, parts: _Parts) -> _Heavy:
+        found = np.flatnonzero(parts.high - parts.low > self.heavy)
+        rows = found.astype(np.uint32) if parts.rows is None else parts.rows[found]
+        low, high = parts.low[found].astype(np.int64), parts.high[found].astype(np.int64)
+        return _Heavy(found, rows, low, high)
+
+    def _arrange(self, parts: _Parts) -> _Lanes:
+        """Return the light parts in hash order; those of strips are arranged where they lie."""
+        counts = np.empty(len(parts.windows) - 1, np.int64)
+        rows = np.empty(0, np.uint32) if parts.rows is None else parts.rows
+        if parts.rows is None:
+            filled = np.count_nonzero(parts.low != parts.high)
+            first, row = np.empty(filled, parts.low.dtype), np.empty(filled, np.uint32)
+        else:
+            first, row = parts.low, rows
+        apart = parts.rows is None or parts.high.dtype != np.int32
+        length = np.empty(len(first), np.int32) if apart else parts.high
+        kept = build.arrange_windows(
+            parts.low, parts.high, rows, parts.windows, self.lanes, self.heavy,
+            *self._hash(parts), first, length, row, counts,
+        )  # fmt: skip
+        return _Lanes(first[:kept], length[:kept], row[:kept], counts)
+
+    def _cut(self, heavy: _Heavy, *, narrow: bool) -> list[NDArray[np.int64]]:
+        """Return for each heavy part the CSR positions at which its segments begin.
 
         Segments hold at most SEGMENT nonzeros and, if `narrow`, span what 16 bits reach.
         """
         cuts = []
-        for part in np.flatnonzero(parts.high - parts.low > self.heavy):
-            low, high = int(parts.low[part]), int(parts.high[part])
+        for low, high in zip(heavy.low.tolist(), heavy.high.tolist(), strict=True):
             if not narrow:
-                cuts.append((int(part), np.arange(low, high, SEGMENT)))
+                cuts.append(np.arange(low, high, SEGMENT))
                 continue
             starts = [low]
             while high - starts[-1] > SEGMENT or (
@@ -303,67 +388,64 @@ class _Builder:
                 reach = int(self.col[starts[-1]]) + WINDOW_SPAN
                 longest = self.col[starts[-1] : min(high, starts[-1] + SEGMENT)]
                 starts.append(starts[-1] + int(np.searchsorted(longest, reach)))
-            cuts.append((int(part), np.array(starts, np.int64)))
+            cuts.append(np.array(starts, np.int64))
         return cuts
 
-    def _targets(self, parts: _Parts, cuts: list) -> tuple[NDArray, ...]:
-        """Say where each sum goes: its row, or a partial slot of a row that has several sums."""
+    def _targets(
+        self, lanes: _Lanes, windows: NDArray, heavy: _Heavy, cuts: list[NDArray]
+    ) -> tuple[NDArray, ...]:
+        """Say where each sum goes: its row, or a partial slot of a row that has several sums.
+
+        Returns:
+            Targets of the segments; the rows of several sums, and where their partial slots begin.
+        """
         rows = self.a.shape[0]
-        none = np.empty(0, np.uint32)
-        if parts.rows is None and all(len(starts) == 1 for _, starts in cuts):
-            heavy = np.array([part for part, _ in cuts], np.uint32)
-            return np.arange(rows, dtype=np.uint32), heavy, none, np.zeros(1, np.int64)
-        sums = np.ones(len(parts.low), np.int64)
-        sums[parts.high == parts.low] = 0
-        for part, starts in cuts:
-            sums[part] = len(starts)
-        owner = np.arange(rows) if parts.rows is None else parts.rows
-        per_row = np.bincount(owner, sums, minlength=rows).astype(np.int64)
-        split_rows = np.flatnonzero(per_row > 1)
-        split_start = np.concatenate([[0], np.cumsum(per_row[split_rows])])
-        if rows + int(split_start[-1]) >= 0xFFFFFFFF:
+        pieces = np.array([len(starts) for starts in cuts], np.int64)
+        if self.strips:
+            sums = np.zeros(rows, np.uint32)
+            build.count_sums(lanes.target, heavy.row, pieces, sums)
+            split_rows = np.flatnonzero(sums > 1).astype(np.uint32)
+            split_sums = sums[split_rows]
+            del sums
+        else:
+            split_rows, split_sums = heavy.row[pieces > 1], pieces[pieces > 1]
+        split_start = np.zeros(len(split_rows) + 1, np.int64)
+        np.cumsum(split_sums, out=split_start[1:])
+        if rows + int(split_start[-1]) >= UNUSED:
             raise InputError(
                 f"strips={self.config.strips}: {int(split_start[-1])} partial sums exceed 32-bit "
                 "targets; use wider strips"
             )
-        targets = owner.astype(np.uint32)
-        split = np.flatnonzero(per_row[owner] > 1)
-        by_row = split[np.argsort(owner[split], kind="stable")]
-        targets[by_row] = rows + np.cumsum(sums[by_row]) - sums[by_row]
-        segment_target = [
-            targets[part] + np.arange(len(starts), dtype=np.uint32) for part, starts in cuts
-        ]
-        return (
-            targets,
-            np.concatenate(segment_target) if cuts else none,
-            split_rows.astype(np.uint32),
-            split_start.astype(np.int64),
-        )
+        targets = heavy.row.copy()
+        if self.strips:
+            place = np.arange(rows, dtype=np.uint32)
+            np.add(split_start[:-1], rows, out=split_sums, casting="unsafe")
+            place[split_rows] = split_sums
+            build.assign_targets(
+                lanes.target, lanes.counts, windows, heavy.part, heavy.row, pieces, place, targets
+            )
+        else:
+            targets[pieces > 1] = rows + split_start[:-1]
+        first = np.repeat(np.cumsum(pieces) - pieces, pieces)
+        behind = (np.arange(len(first)) - first).astype(np.uint32)
+        return np.repeat(targets, pieces) + behind, split_rows, split_start
 
-    def _order(self, parts: _Parts) -> tuple[NDArray, NDArray]:
-        """Return the kept parts in hash order and their number per window."""
-        params = self._params(parts)
-        order = np.empty(len(parts.low), np.int64 if len(parts.low) >= 1 << 31 else np.int32)
-        counts = np.empty(len(parts.windows) - 1, np.int64)
-        kept = build.order_windows(
-            parts.low, parts.high, parts.windows, self.heavy, _METHODS[self.config.hash],
-            (params.k0, params.s, params.t, params.u), self.classes, True, order, counts,
-        )  # fmt: skip
-        return order[:kept], counts
-
-    def _params(self, parts: _Parts) -> HashParams:
+    def _hash(self, parts: _Parts) -> tuple:
+        """Return what the kernels know of the hash: method, parameters, table, longest first."""
         config = self.config
-        if config.hash != "tuned":
-            return HashParams(k0=config.k0, s=config.s, t=config.t, u=config.u)
-        windows = len(parts.windows) - 1
-        blocks = []
-        for window in np.unique(np.linspace(0, windows - 1, min(windows, 8)).astype(int)):
-            span = slice(parts.windows[window], parts.windows[window + 1])
-            block = parts.high[span] - parts.low[span]
-            blocks.append(block[block <= self.heavy])
-        return tune([block for block in blocks if block.any()], self.lanes)
+        chosen = HashParams(k0=config.k0, s=config.s, t=config.t, u=config.u)
+        if config.hash == "tuned":
+            windows = len(parts.windows) - 1
+            blocks = []
+            for window in np.unique(np.linspace(0, windows - 1, min(windows, 8)).astype(int)):
+                span = slice(parts.windows[window], parts.windows[window + 1])
+                block = parts.high[span] - parts.low[span]
+                blocks.append(block[block <= self.heavy])
+            chosen = tune([block for block in blocks if block.any()], self.lanes)
+        params = (chosen.k0, chosen.s, chosen.t, chosen.u)
+        return _METHODS[config.hash], params, self.classes, True
 
-    def _index(self, parts: _Parts, order: NDArray, counts: NDArray) -> tuple[type, bool, int]:
+    def _index(self, lanes: _Lanes) -> tuple[type, bool, int]:
         """Return the type of the column offsets, whether groups have a base, and its bound."""
         columns = self.a.shape[1]
         if self.config.index == "u32":
@@ -372,7 +454,7 @@ class _Builder:
             return np.uint16, False, 0
         limit = columns - WINDOW_SPAN
         widest = build.widest_offset(
-            parts.low, parts.high, order, counts, self.lanes, self.col, limit
+            lanes.first, lanes.length, lanes.counts, self.lanes, self.col, limit
         )
         if widest < WINDOW_SPAN:
             return np.uint16, True, limit
@@ -385,6 +467,13 @@ class _Builder:
 
     def _wide_index(self) -> tuple[type, bool, int]:
         return np.uint32, False, 0
+
+    def _segment_starts(self, first: NDArray, heavy: _Heavy, cuts: list) -> NDArray[np.int64]:
+        """Return the element position of each segment, behind the groups; one entry more."""
+        ends = np.append(first[1:], 0)[: len(first)]
+        ends[np.cumsum([len(starts) for starts in cuts], dtype=np.int64) - 1] = heavy.high
+        sizes = ends - first
+        return np.cumsum(np.append(self.a.nnz - sizes.sum(), sizes))
 
     def _segment_bases(self, first: NDArray, floor: bool, limit: int) -> NDArray[np.uint32]:
         if not floor:

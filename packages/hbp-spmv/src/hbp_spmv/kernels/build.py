@@ -4,25 +4,34 @@
 import numpy as np
 from numba import njit
 
-from hbp_spmv.hashing import MAX_CLASSES, place_classes, place_paper, place_sorted
+from hbp_spmv.hashing import MAX_CLASSES, ORDER_PAPER, place_rows
 
 __all__ = [
-    "ORDER_CLASSES",
-    "ORDER_NONE",
-    "ORDER_PAPER",
-    "ORDER_SORT",
+    "arrange_windows",
+    "assign_targets",
     "check_groups",
     "count_parts",
+    "count_steps",
+    "count_sums",
     "fill_groups",
     "fill_segments",
-    "order_windows",
+    "list_empty",
+    "pad_groups",
     "split_parts",
     "unpack_groups",
     "unpack_segments",
     "widest_offset",
 ]
 
-ORDER_NONE, ORDER_PAPER, ORDER_CLASSES, ORDER_SORT = range(4)
+
+@njit(nogil=True, cache=True)
+def list_empty(lengths, empty_rows):
+    """Write the rows without nonzeros, in order."""
+    at = 0
+    for row in range(len(lengths)):
+        if lengths[row] == 0:
+            empty_rows[at] = row
+            at += 1
 
 
 @njit(nogil=True, cache=True)
@@ -33,7 +42,8 @@ def count_parts(ptr, col, width, counts):
         while p < ptr[row + 1]:
             strip = np.int64(col[p]) // width
             counts[strip] += 1
-            while p < ptr[row + 1] and np.int64(col[p]) // width == strip:
+            right = (strip + 1) * width
+            while p < ptr[row + 1] and np.int64(col[p]) < right:
                 p += 1
 
 
@@ -48,156 +58,250 @@ def split_parts(ptr, col, width, place, low, high, rows):
             place[strip] += 1
             low[slot] = p
             rows[slot] = row
-            while p < ptr[row + 1] and np.int64(col[p]) // width == strip:
+            right = (strip + 1) * width
+            while p < ptr[row + 1] and np.int64(col[p]) < right:
                 p += 1
             high[slot] = p
 
 
 @njit(nogil=True, cache=True)
-def order_windows(low, high, windows, heavy, method, params, classes, descending, order, counts):
-    """Order the parts of each window by the hash; drop empty and heavy parts.
+def count_steps(lengths, windows, lanes, heavy, method, params, classes, descending):
+    """Return the sum of the longest rows of all groups; here they run on over a window's end.
+
+    The arguments are those of `arrange_windows`, with `lengths` of all rows.
+    """
+    widest = np.max(np.diff(windows))
+    light = np.empty(widest, np.int32)
+    placed = np.empty(widest, np.int32)
+    free = np.empty((2, widest + 1 if method == ORDER_PAPER else 0), np.int32)
+    buckets = np.empty(MAX_CLASSES + 2, np.int64)
+    steps = 0
+    lane = 0
+    longest = np.int64(0)
+    for window in range(len(windows) - 1):
+        begin = windows[window]
+        size = windows[window + 1] - begin
+        for part in range(size):
+            k = np.int64(lengths[begin + part])
+            light[part] = 0 if k > heavy else k
+        place_rows(
+            light[:size], method, params, classes, descending, placed[:size], free[0], free[1],
+            buckets,
+        )  # fmt: skip
+        for part in placed[:size]:
+            if light[part] > 0:
+                longest = max(longest, np.int64(light[part]))
+                lane += 1
+                if lane == lanes:
+                    steps += longest
+                    lane, longest = 0, np.int64(0)
+    return steps + longest
+
+
+@njit(nogil=True, cache=True)
+def arrange_windows(
+    low, high, rows, windows, lanes, heavy, method, params, classes, descending,
+    first, length, row, counts,
+):  # fmt: skip
+    """Order the parts of each window by the hash, groups longest first; drop empty and heavy parts.
+
+    A window is read before it is written: the results may be `low`, `high` and `rows` themselves.
 
     Args:
         low: first nonzero of each part.
         high: one past its last nonzero.
+        rows: row of each part; empty if the parts are the rows.
         windows: first part of each window, (windows + 1,).
+        lanes: parts per group.
         heavy: parts longer than this are left out.
-        method: one of the ORDER_ constants.
+        method: as for `place_rows`, like the next three.
         params: (k0, s, t, u).
         classes: table of the lut hash.
-        descending: longest first (lut and sort).
-        order: result, the parts in their new order.
+        descending: longest first.
+        first: result, first nonzero of each kept part.
+        length: result, its nonzeros.
+        row: result, its row.
         counts: result, kept parts of each window.
 
     Returns:
         The number of kept parts.
     """
-    widest = 0
-    for window in range(len(windows) - 1):
-        widest = max(widest, windows[window + 1] - windows[window])
-    lengths = np.empty(widest, np.int64)
-    placed = np.empty(widest, np.int64)
-    above = np.empty(widest + 1, np.int64)
-    below = np.empty(widest + 1, np.int64)
+    widest = np.max(np.diff(windows)) if len(windows) > 1 else 0
+    lengths = np.empty(widest, np.int32)
+    placed = np.empty(widest, np.int32)
+    free = np.empty((2, widest + 1 if method == ORDER_PAPER else 0), np.int32)
     buckets = np.empty(MAX_CLASSES + 2, np.int64)
+    lows = np.empty(widest, low.dtype)
+    owners = np.empty(widest, row.dtype)
     kept = 0
     for window in range(len(windows) - 1):
-        first = windows[window]
-        size = windows[window + 1] - first
-        for part in range(size):
-            k = np.int64(high[first + part]) - np.int64(low[first + part])
-            lengths[part] = 0 if k > heavy else k
-        if method == ORDER_CLASSES:
-            place_classes(lengths[:size], classes, descending, placed[:size], buckets)
-        elif method == ORDER_PAPER:
-            k0, s, t, u = params
-            place_paper(lengths[:size], k0, s, t, u, placed[:size], above, below)
-        elif method == ORDER_SORT:
-            place_sorted(lengths[:size], descending, placed[:size])
-        else:
-            for part in range(size):
-                placed[part] = part
+        begin = windows[window]
+        size = windows[window + 1] - begin
+        _read_window(low, high, rows, begin, size, heavy, lows, lengths, owners)
+        place_rows(
+            lengths[:size], method, params, classes, descending, placed[:size], free[0], free[1],
+            buckets,
+        )  # fmt: skip
         before = kept
-        for slot in range(size):
-            if lengths[placed[slot]] > 0:
-                order[kept] = first + placed[slot]
-                kept += 1
+        kept = _write_window(placed[:size], lows, lengths, owners, kept, first, length, row)
         counts[window] = kept - before
+        for slot in range(before, kept, lanes):
+            _sort_group(first, length, row, slot, min(slot + lanes, kept))
     return kept
 
 
 @njit(nogil=True, cache=True)
-def fill_groups(
-    low, high, targets, order, counts, lanes, source_col, source_val, floor_base, limit_base,
-    start, lengths, group_targets, bases, col, val, perm,
-):  # fmt: skip
-    """Write every group's lengths, targets, base and elements.
+def _read_window(low, high, rows, begin, size, heavy, lows, lengths, owners):
+    """Copy one window; heavy parts get length 0 there."""
+    for part in range(size):
+        k = np.int64(high[begin + part]) - np.int64(low[begin + part])
+        lows[part] = low[begin + part]
+        lengths[part] = 0 if k > heavy else k
+        owners[part] = rows[begin + part] if len(rows) else begin + part
+
+
+@njit(nogil=True, cache=True)
+def _write_window(placed, lows, lengths, owners, kept, first, length, row):
+    """Append the parts of one window that are not empty, in their new order."""
+    for part in placed:
+        if lengths[part] > 0:
+            first[kept] = lows[part]
+            length[kept] = lengths[part]
+            row[kept] = owners[part]
+            kept += 1
+    return kept
+
+
+@njit(nogil=True, cache=True)
+def _sort_group(first, length, row, begin, end):
+    """Sort parts begin..end-1 by descending length, equal ones in their order."""
+    for part in range(begin + 1, end):
+        if length[part - 1] >= length[part]:
+            continue
+        held = first[part], length[part], row[part]
+        at = part
+        while at > begin and length[at - 1] < held[1]:
+            first[at], length[at], row[at] = first[at - 1], length[at - 1], row[at - 1]
+            at -= 1
+        first[at], length[at], row[at] = held
+
+
+@njit(nogil=True, cache=True)
+def count_sums(row, heavy_rows, pieces, sums):
+    """Count the sums of each row: one for an arranged part, one for each segment of a heavy one."""
+    for owner in row:
+        sums[owner] += 1
+    for heavy in range(len(heavy_rows)):
+        sums[heavy_rows[heavy]] += pieces[heavy]
+
+
+@njit(nogil=True, cache=True)
+def assign_targets(row, counts, windows, heavy_parts, heavy_rows, pieces, place, heavy_targets):
+    """Replace the row of every arranged part by the target of its sum, strip by strip.
 
     Args:
-        low: first nonzero of each part.
-        high: one past its last nonzero.
-        targets: where each part's sum goes: a row, or rows + a partial slot.
-        order: parts in slot order.
-        counts: kept parts of each window.
+        row: row of each arranged part; result: its target.
+        counts: arranged parts of each window.
+        windows: first part of each window before the arrangement, (windows + 1,).
+        heavy_parts: heavy parts, numbered as in `windows`.
+        heavy_rows: their rows.
+        pieces: segments of each.
+        place: first target of each row; advanced to the row's next.
+        heavy_targets: result, target of each heavy part's first segment.
+    """
+    slot = 0
+    heavy = 0
+    for window in range(len(counts)):
+        while heavy < len(heavy_parts) and heavy_parts[heavy] < windows[window + 1]:
+            owner = heavy_rows[heavy]
+            heavy_targets[heavy] = place[owner]
+            place[owner] += pieces[heavy]
+            heavy += 1
+        for _ in range(counts[window]):
+            owner = row[slot]
+            row[slot] = place[owner]
+            place[owner] += 1
+            slot += 1
+
+
+@njit(nogil=True, cache=True)
+def pad_groups(parts, counts, lanes, unused, padded):
+    """Copy one number per part to its lane: windows begin a group, unused lanes hold `unused`."""
+    slot = 0
+    lane = 0
+    for count in counts:
+        for _ in range(count):
+            padded[lane] = parts[slot]
+            slot += 1
+            lane += 1
+        for _ in range(-count % lanes):
+            padded[lane] = unused
+            lane += 1
+
+
+@njit(nogil=True, cache=True)
+def fill_groups(
+    first, length, lanes, source_col, source_val, floor_base, limit_base,
+    start, bases, col, val, perm,
+):  # fmt: skip
+    """Write every group's start, base and elements; return the number of elements.
+
+    Args:
+        first: first nonzero of each lane's part, (groups * lanes,).
+        length: its nonzeros, descending in a group, zero where a lane is unused.
         lanes: rows per group.
         source_col: columns in CSR order.
         source_val: values in CSR order; empty if only one value is stored.
         floor_base: use the group's smallest column as its base.
         limit_base: largest base allowed, so that any 16-bit offset stays inside x.
         start: result, (groups + 1,).
-        lengths: result, (groups * lanes,), zero where a lane is unused.
-        group_targets: result, (groups * lanes,), all ones where a lane is unused.
         bases: result, (groups,).
         col: result, column offsets.
         val: result, values; empty if only one value is stored.
         perm: result, CSR position of each element; may be empty.
     """
-    sorted_parts = np.empty(lanes, np.int64)
-    group = 0
-    slot = 0
     p = np.int64(0)
-    for window in range(len(counts)):
-        end = slot + counts[window]
-        while slot < end:
-            size = min(lanes, end - slot)
-            smallest = limit_base
-            for lane in range(size):
-                part = np.int64(order[slot + lane])
-                k = high[part] - low[part]
-                at = lane
-                while at > 0:
-                    other = sorted_parts[at - 1]
-                    if high[other] - low[other] >= k:
-                        break
-                    sorted_parts[at] = other
-                    at -= 1
-                sorted_parts[at] = part
-                smallest = min(smallest, np.int64(source_col[low[part]]))
-            base = smallest if floor_base else 0
-            bases[group] = base
-            start[group] = p
-            for lane in range(lanes):
-                at = group * lanes + lane
-                lengths[at] = 0
-                group_targets[at] = 0xFFFFFFFF
-                if lane < size:
-                    part = sorted_parts[lane]
-                    lengths[at] = high[part] - low[part]
-                    group_targets[at] = targets[part]
-            width = size
-            step = 0
-            while width > 0:
-                for lane in range(width):
-                    j = np.int64(low[sorted_parts[lane]]) + step
-                    col[p] = np.int64(source_col[j]) - base
-                    if len(val):
-                        val[p] = source_val[j]
-                    if len(perm):
-                        perm[p] = j
-                    p += 1
-                step += 1
-                while width > 0 and lengths[group * lanes + width - 1] <= step:
-                    width -= 1
-            group += 1
-            slot += size
-    start[group] = p
+    for group in range(len(bases)):
+        lane = group * lanes
+        width = 0
+        base = limit_base if floor_base else 0
+        while width < lanes and length[lane + width] > 0:
+            if floor_base:
+                base = min(base, np.int64(source_col[first[lane + width]]))
+            width += 1
+        bases[group] = base
+        start[group] = p
+        step = 0
+        while width > 0:
+            for at in range(lane, lane + width):
+                j = np.int64(first[at]) + step
+                col[p] = np.int64(source_col[j]) - base
+                if len(val):
+                    val[p] = source_val[j]
+                if len(perm):
+                    perm[p] = j
+                p += 1
+            step += 1
+            while width > 0 and length[lane + width - 1] <= step:
+                width -= 1
+    start[len(bases)] = p
     return p
 
 
 @njit(nogil=True, cache=True)
-def widest_offset(low, high, order, counts, lanes, source_col, limit_base):
+def widest_offset(first, length, counts, lanes, source_col, limit_base):
     """Return the largest column offset that any group would store relative to its base."""
     widest = np.int64(0)
     slot = 0
-    for window in range(len(counts)):
-        end = slot + counts[window]
+    for count in counts:
+        end = slot + count
         while slot < end:
             smallest = limit_base
             largest = np.int64(0)
             for _ in range(min(lanes, end - slot)):
-                part = np.int64(order[slot])
-                smallest = min(smallest, np.int64(source_col[low[part]]))
-                largest = max(largest, np.int64(source_col[high[part] - 1]))
+                p = np.int64(first[slot])
+                smallest = min(smallest, np.int64(source_col[p]))
+                largest = max(largest, np.int64(source_col[p + length[slot] - 1]))
                 slot += 1
             widest = max(widest, largest - smallest)
     return widest
