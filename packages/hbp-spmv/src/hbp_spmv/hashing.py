@@ -20,12 +20,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tenfold_core.errors import ConfigError, InputError
 
+from hbp_spmv.classes import CAP, MAX_CLASSES, heavy_limit, histogram_classes
 from hbp_spmv.compiled import njit
 from hbp_spmv.config import PAPER_HASH, HashParams
 
 __all__ = [
     "CAP",
     "HASHES",
+    "MAX_CLASSES",
     "ORDER_CLASSES",
     "ORDER_NONE",
     "ORDER_PAPER",
@@ -43,14 +45,10 @@ __all__ = [
     "tune",
 ]
 
-CAP = 255
-"""Longest row length told apart by the `lut` hash."""
-MAX_CLASSES = 32
-OWN_CLASS = 8
-"""Lengths 0..8 have a class each."""
-
 HASHES = ("lut", "paper", "tuned", "sort", "none")
 ORDER_NONE, ORDER_PAPER, ORDER_CLASSES, ORDER_SORT = range(4)
+
+_histogram_classes = njit(nogil=True, cache=True)(histogram_classes)
 
 
 @njit(nogil=True, cache=True)
@@ -193,10 +191,7 @@ def place_rows(lengths, method, params, classes, descending, output_hash, above,
 
 @njit(nogil=True, cache=True)
 def length_classes(samples):
-    """Cut row lengths into at most 32 monotone classes of about equal work.
-
-    Lengths 0..8 have a class each. So have the longer ones if there are few enough; otherwise they
-    are cut so that each class carries about the same number of nonzeros.
+    """Cut row lengths into classes, see `classes.histogram_classes`.
 
     Args:
         samples: row lengths of a sample of the matrix.
@@ -204,32 +199,10 @@ def length_classes(samples):
     Returns:
         The class of each length 0..255, (256,) uint8; longer rows have the class of 255.
     """
-    work = np.zeros(CAP + 1, np.int64)
+    counts = np.zeros(CAP + 1, np.int64)
     for k in samples:
-        if k > OWN_CLASS:
-            work[min(np.int64(k), CAP)] += min(np.int64(k), CAP)
-    total = max(work.sum(), 1)
-    spare = MAX_CLASSES - (OWN_CLASS + 1)
-    few = (work > 0).sum() <= spare
-    classes = np.empty(CAP + 1, np.uint8)
-    done = 0  # nonzeros, or lengths, in the classes so far
-    for k in range(CAP + 1):
-        if k <= OWN_CLASS:
-            classes[k] = k
-        elif few:
-            classes[k] = OWN_CLASS + 1 + min(done, spare - 1)
-            done += work[k] > 0
-        else:  # by the middle of its work: a length that dominates is apart from shorter ones
-            middle = done + work[k] // 2
-            classes[k] = OWN_CLASS + 1 + min(middle * spare // total, spare - 1)
-            done += work[k]
-    return classes
-
-
-def heavy_limit(rows: int, nnz: int) -> int:
-    """Return the longest row that stays in a group; longer ones are cut into segments."""
-    mean = nnz / max(rows, 1)
-    return int(min(max(128, 16 * mean), max(4096, nnz / 64)))
+        counts[min(np.int64(k), CAP)] += 1
+    return _histogram_classes(counts)
 
 
 @njit(nogil=True, cache=True)
