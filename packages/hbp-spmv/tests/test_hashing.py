@@ -2,11 +2,11 @@
 import numpy as np
 import pytest
 from hbp_spmv import reference
+from hbp_spmv.classes import OWN_CLASS
 from hbp_spmv.hashing import (
     CAP,
     HASHES,
     MAX_CLASSES,
-    OWN_CLASS,
     HashParams,
     length_classes,
     quality,
