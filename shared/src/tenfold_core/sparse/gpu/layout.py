@@ -131,8 +131,9 @@ class GroupedRows:
             if found != size:
                 raise InputError(f"grouped rows: {name} has length {found}, expected {size}")
         for name, dtype in _TYPES.items():
-            found = getattr(self, name).dtype
-            if np.dtype(str(found).removeprefix("torch.")) != dtype:
+            found, wanted = getattr(self, name).dtype, np.dtype(dtype).name
+            # torch has few operations on unsigned numbers, so tensors may hold their bits as signed
+            if str(found) not in (wanted, f"torch.{wanted}", f"torch.{wanted.removeprefix('u')}"):
                 raise InputError(f"grouped rows: {name} has type {found}, expected {dtype}")
         if self.pack not in (1, 2, 4):
             raise InputError(f"grouped rows: pack is {self.pack}, expected 1, 2 or 4")
