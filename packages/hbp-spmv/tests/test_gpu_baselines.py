@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GPU baselines: our kernels emulated on the CPU, and all of them where a device is."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -279,6 +282,10 @@ def test_groups_that_are_no_warps_are_refused():
 def test_torch_multiplies_the_arrays_that_it_is_given(index):
     pytest.importorskip("torch")
     name = "csr-torch" if index is np.int32 else "csr-torch-int64"
+    for matrix in awkward_matrices().values():
+        operator = GPU_BASELINES[name].build(matrix.to_scipy(), EmulatedRuntime())
+        x = x_for(matrix)
+        assert_close_to_reference(product(operator, matrix, x), matrix, x)
     matrix = random_csr(513, 300, empty_every=4)
     operator = GPU_BASELINES[name].build(matrix.to_scipy(), EmulatedRuntime())  # shares NumPy's
     for seed in range(12):
@@ -321,6 +328,59 @@ def test_every_baseline_keeps_the_bound_on_the_device(name, dtype):
             assert_close_to_reference(y, matrix, x)
         if name in OURS:
             assert all((y == results[0]).all() for y in results)
+
+
+# Reads and writes outside of arrays
+
+
+UNDER_SANITIZER = """
+import numpy as np
+from hbp_spmv.gpu_baselines import GPU_BASELINES
+from tenfold_core.testing.cuda import EmulatedRuntime
+from tenfold_core.testing.sparse import csr_from_lengths
+rng = np.random.default_rng(0)
+lengths = rng.integers(0, 12, 700)
+lengths[[3, 9, 699]] = 5000, 1500, 5000
+a = csr_from_lengths(lengths, 5000, rng).to_scipy()
+x = rng.standard_normal(5000)
+for name in {names}:
+    y = np.empty(700)
+    GPU_BASELINES[name].build(a, EmulatedRuntime()).launch(x[:{columns}].copy(), y)
+    assert {columns} < 5000 or np.allclose(y, a @ x), name
+"""
+
+
+def run_under_sanitizer(names, columns):
+    command = [compiler(), "-print-file-name=libasan.so"]
+    library = Path(subprocess.run(command, capture_output=True, text=True).stdout.strip())
+    if not library.is_absolute():
+        pytest.skip("the compiler has no address sanitizer")
+    environment = os.environ | {
+        "LD_PRELOAD": str(library),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:verify_asan_link_order=0",
+        "TENFOLD_EMULATOR_FLAGS": "-fsanitize=address --param=asan-stack=0",
+        "PYTHONMALLOC": "malloc",
+    }
+    code = UNDER_SANITIZER.format(names=names, columns=columns)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@emulated
+@pytest.mark.slow
+def test_a_memory_checker_finds_nothing():
+    done = run_under_sanitizer(OURS[:-2], 5000)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["csr-merge", "hbp-paper"])
+def test_the_memory_checker_would_find_a_read_past_the_end(name):
+    # The test above means something only if this one passes.
+    done = run_under_sanitizer([name], 4999)
+    assert "heap-buffer-overflow" in done.stderr
 
 
 # Machine code

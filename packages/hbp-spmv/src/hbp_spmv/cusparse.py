@@ -130,8 +130,8 @@ def cusparse_library() -> Library:
             f"cuSPARSE: libraries are looked up on Linux only, not {sys.platform}"
         )
     failures = []
-    try:  # CuPy's extension is linked to the library, so this loads it
-        importlib.import_module("cupy_backends.cuda.libs.cusparse")
+    try:  # the attribute, not the submodule: it looks for the library in wheels and loads it
+        _ = importlib.import_module("cupy").cuda.cusparse
         origin = "CuPy's"
     except Exception as error:  # a library that does not load raises many things
         failures.append(f"CuPy: {_line(error)}")

@@ -87,7 +87,18 @@ def _paper() -> str | None:
 # Libraries
 
 
+def _zeros(name: str, nbytes: int) -> DeviceOperator:
+    """Return the operator of a matrix without nonzeros, which no library is asked to multiply."""
+
+    def launch(x: Any, y: Any) -> None:
+        y[...] = 0
+
+    return DeviceOperator(name, nbytes, launch, "no nonzeros, no call")
+
+
 def _cupyx(a: csr_array, runtime: Runtime) -> DeviceOperator:
+    if a.nnz == 0:
+        return _zeros("cupyx", csr_bytes(a))
     sparse = importlib.import_module("cupyx.scipy.sparse")
     matrix = sparse.csr_matrix(device_csr(a, runtime)[::-1], shape=a.shape)
     matrix.has_canonical_format = True  # it is; else the first product would look
@@ -107,6 +118,9 @@ def _cupyx(a: csr_array, runtime: Runtime) -> DeviceOperator:
 
 def _torch_csr(name: str, index: type) -> Callable[[csr_array, Runtime], DeviceOperator]:
     def prepare(a: csr_array, runtime: Runtime) -> DeviceOperator:
+        nbytes = csr_bytes(a, np.dtype(index).itemsize)
+        if a.nnz == 0:
+            return _zeros(name, nbytes)
         torch = importlib.import_module("torch")
         ptr, col, val = (torch.from_dlpack(part) for part in device_csr(a, runtime, index))
         with warnings.catch_warnings():
@@ -133,7 +147,7 @@ def _torch_csr(name: str, index: type) -> Callable[[csr_array, Runtime], DeviceO
 
         return DeviceOperator(
             name,
-            csr_bytes(a, np.dtype(index).itemsize),
+            nbytes,
             launch,
             f"torch {torch.__version__}, {np.dtype(index).name} indices",
             lambda x: torch.mv(matrix, tensor(x)),

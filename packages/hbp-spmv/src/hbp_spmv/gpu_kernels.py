@@ -48,6 +48,7 @@ NAMES = (
     "csr_adaptive", "csr_merge", "add_parts", "sell",
 )  # fmt: skip
 THREADS, WARP = 256, 32
+WARPS = THREADS // WARP
 ITEMS = 7
 """Steps of the merge path that a thread takes."""
 TILE = THREADS * ITEMS
@@ -200,7 +201,7 @@ def csr_adaptive(a: csr_array, runtime: Runtime) -> DeviceOperator:
         if count:
             kernels["csr_adaptive"]((count,), (THREADS,), (x, y, *rest))
         if split:
-            kernels["add_parts"]((_blocks(split, 8),), (THREADS,), (y, *parts))
+            kernels["add_parts"]((_blocks(split, WARPS),), (THREADS,), (y, *parts))
 
     nbytes = csr_bytes(a) + bins.nbytes + split_rows.nbytes + split_start.nbytes
     notes = f"int32 indices, {count} bins, {split} rows in pieces"
@@ -243,7 +244,7 @@ def csr_merge(a: csr_array, runtime: Runtime) -> DeviceOperator:
         if pieces:
             kernels["csr_merge"]((pieces,), (THREADS,), (x, y, *rest))
         if split:
-            kernels["add_parts"]((_blocks(split, 8),), (THREADS,), (y, *parts))
+            kernels["add_parts"]((_blocks(split, WARPS),), (THREADS,), (y, *parts))
 
     nbytes = csr_bytes(a) + row_at.nbytes + split_rows.nbytes + split_start.nbytes
     return DeviceOperator("csr-merge", nbytes, launch, f"int32 indices, {pieces} pieces")
@@ -319,7 +320,7 @@ def sell(a: csr_array, runtime: Runtime) -> DeviceOperator:
 
     def launch(x: Any, y: Any) -> None:
         if slices:
-            kernel((_blocks(slices, 8),), (THREADS,), (x, y, *rest))
+            kernel((_blocks(slices, WARPS),), (THREADS,), (x, y, *rest))
 
     nbytes = sum(int(array.nbytes) for array in (start, targets, col, val))
     notes = f"sigma {sigma}, {size} elements for {a.nnz} nonzeros"

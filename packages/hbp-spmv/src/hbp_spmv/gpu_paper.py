@@ -34,7 +34,7 @@ def macros(data: np.dtype, begin_ptr: np.dtype, width: int) -> dict[str, str | i
     """Return the macros that `paper.cu` is compiled with."""
     return {
         "VALUE": {"float32": "float", "float64": "double"}[data.name],
-        "POINTER": {"int32": "int", "int64": "long long"}[begin_ptr.name],
+        "POINTER": {"int32": "int", "int64": "i64"}[begin_ptr.name],
         "LOCAL_X": int(width <= LOCAL_WIDTH),
     }
 

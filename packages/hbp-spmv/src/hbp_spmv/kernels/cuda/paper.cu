@@ -6,7 +6,7 @@
 //
 // Compiled at run time for one matrix. The macros:
 //   VALUE    float or double
-//   POINTER  int or long long: the type of begin_ptr
+//   POINTER  int or i64: the type of begin_ptr
 //   LOCAL_X  1 if a warp keeps its strip of x in shared memory
 //
 // Deviation: fixed runs are cut by work (`schedule.cut`), not by the published division, which
@@ -20,6 +20,7 @@
 #define NOWHERE 0xffffffffu
 #define SUB_N 10  // blocks that a ticket stands for
 
+typedef long long i64;
 typedef unsigned long long u64;
 
 #ifndef DYNAMIC_SHARED
