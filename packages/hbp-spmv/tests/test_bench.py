@@ -18,6 +18,7 @@ from hbp_spmv.evaluate import COLUMNS, HBP_FORMATS, Protocol, Subject, resolve_f
 from hbp_spmv.generate import powerlaw, stencil5
 from hbp_spmv.inputs import Source, matrix_sources
 from hbp_spmv.output import Output, check_output, read_rows, write_rows
+from hbp_spmv.parallel import speed_up
 from scipy.sparse import coo_array, csr_array
 from tenfold_core.errors import CheckpointError, ConfigError, InputError, MissingExtraError
 from tenfold_core.run.record import validate
@@ -180,10 +181,26 @@ def test_a_turn_is_repeated_while_others_are_running(monkeypatch):
     others = iter([0.9, 0.8, 0.0, 0.7])
     monkeypatch.setattr(turns._Meter, "foreign_cores", lambda self: next(others))
     calls = {"f": lambda: None}
-    samples, foreign = turns.time_in_turns([calls], min_time_s=0, repeats=5, retries=2)
-    assert (len(samples["f"]), foreign) == (5, 0.0)
-    samples, foreign = turns.time_in_turns([calls], min_time_s=0, repeats=5)
-    assert (len(samples["f"]), foreign) == (5, 0.7)
+    found = turns.time_in_turns([calls], min_time_s=0, repeats=5, retries=2)
+    assert (len(found.samples["f"]), found.foreign_cores) == (5, 0.0)
+    found = turns.time_in_turns([calls], min_time_s=0, repeats=5)
+    assert (len(found.samples["f"]), found.foreign_cores, found.speed_up) == (5, 0.7, None)
+
+
+def test_a_turn_is_repeated_while_a_core_is_missing(monkeypatch):
+    monkeypatch.setattr(turns, "_CORES_STEP_S", 0.0)
+    seen = iter([1.0, 1.8, 1.1, 1.9, 1.7, 1.2])
+    calls = {"f": lambda: None}
+    settings = {"min_time_s": 0, "repeats": 5, "speed_up": lambda: next(seen), "least": 1.5}
+    # Before: 1.0, then 1.8; after: 1.1, so once more: 1.9 before and 1.7 after.
+    found = turns.time_in_turns([calls], retries=1, **settings)
+    assert (len(found.samples["f"]), found.speed_up) == (5, 1.7)
+    seen = iter([1.6, 1.2])
+    assert turns.time_in_turns([calls], **settings).speed_up == 1.2
+
+
+def test_a_probe_says_whether_cores_are_there():
+    assert 0 < speed_up(2) < 4
 
 
 def test_the_processor_time_of_others_is_counted(monkeypatch, tmp_path):

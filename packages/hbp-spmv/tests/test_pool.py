@@ -168,6 +168,30 @@ def test_a_sleeping_helper_comes_back_without_the_gil():
     assert waited[0] == 1
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux places threads")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_a_helper_wakes_on_another_core_than_its_caller(a, x, several_workers):
+    matrix = from_csr(a, layout="compact", threads=2)
+    allowed = os.sched_getaffinity(0)
+    here = min(allowed)
+    matrix @ x
+    shared = pool.shared_pool()
+    helper = int(shared.job[pool.JOB_PARKED + 8 + 2])
+    try:
+        os.sched_setaffinity(0, {here, max(allowed)})
+        wait_for_sleep(shared, 1)
+        matrix @ x
+        assert len(os.sched_getaffinity(helper)) == 1
+        os.sched_setaffinity(0, {here})  # nowhere else to go: it stays where it may be
+        wait_for_sleep(shared, 1)
+        matrix @ x
+    finally:
+        os.sched_setaffinity(0, allowed)
+    wait_for_sleep(shared, 1)
+    matrix @ x
+    assert os.sched_getaffinity(helper) < allowed
+
+
 def meet():
     @cfunc("void(int64, int64)")
     def task(job, worker):

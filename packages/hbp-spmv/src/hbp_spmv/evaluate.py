@@ -29,7 +29,9 @@ from hbp_spmv.building import canonical, kernels_work
 from hbp_spmv.calibration import Calibration
 from hbp_spmv.errors import VerificationError
 from hbp_spmv.matrix import HBPMatrix, from_csr
-from hbp_spmv.turns import time_in_turns
+from hbp_spmv.parallel import speed_up
+from hbp_spmv.summary import LEAST_SPEED_UP
+from hbp_spmv.turns import Turns, time_in_turns
 
 __all__ = ["COLUMNS", "HBP_FORMATS", "VENDORS", "Protocol", "Row", "Subject", "resolve_formats"]
 
@@ -107,6 +109,8 @@ class Row:
     """Load average of the last minute."""
     foreign_cores: float | None = None
     """Cores that other processes used while this case was timed, where the system tells."""
+    speed_up: float | None = None
+    """Least speed-up by the threads of a probe around the turns; empty with one thread."""
     error: str | None = None
     """Why there is no figure."""
 
@@ -218,12 +222,14 @@ class Subject:
         """
         if self._task is None or self._task.dtype != dtype:
             self._task = _Task(self.a, dtype, self.protocol)
-        candidates, errors, foreign = self._task.run(formats, threads)
+        candidates, errors, turns = self._task.run(formats, threads)
+        foreign = turns.foreign_cores
         load = load_average()
         facts: dict[str, Any] = {
             **self.facts(), "dtype": self._task.a.dtype.name, "threads": threads,
             "cold": self.protocol.cold, "load": round(load[0], 2) if load else None,
             "foreign_cores": None if foreign is None else round(foreign, 3),
+            "speed_up": None if turns.speed_up is None else round(turns.speed_up, 2),
         }  # fmt: skip
         rows = []
         for name in formats:
@@ -250,8 +256,8 @@ class _Task:
 
     def run(
         self, formats: Sequence[str], threads: int
-    ) -> tuple[dict[str, _Candidate], dict[str, str], float | None]:
-        """Return what was measured, why formats failed, and the cores that others used."""
+    ) -> tuple[dict[str, _Candidate], dict[str, str], Turns]:
+        """Return what was measured, why formats failed, and under what conditions."""
         candidates: dict[str, _Candidate] = {}
         errors: dict[str, str] = {}
         if any(name.startswith("csr-torch") for name in formats):
@@ -262,8 +268,8 @@ class _Task:
                     candidates[name] = self._candidate(name, threads)
                 except Exception as error:  # whatever a library raises must not end the run
                     errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            foreign = self._time(candidates, threads)
-        return candidates, errors, foreign
+            turns = self._time(candidates, threads)
+        return candidates, errors, turns
 
     def _candidate(self, name: str, threads: int) -> _Candidate:
         build = self._builder(name, threads)
@@ -306,20 +312,23 @@ class _Task:
             return partial(from_csr, self.a, threads=threads, n_products=products, **settings)
         return partial(BASELINES[name].build, self.a, threads)
 
-    def _time(self, candidates: Mapping[str, _Candidate], threads: int) -> float | None:
-        """Fill in the samples of all candidates; return the cores that others used meanwhile."""
+    def _time(self, candidates: Mapping[str, _Candidate], threads: int) -> Turns:
+        """Fill in the samples of all candidates."""
         calls = {name: candidate.call for name, candidate in candidates.items()}
         apart = {name: calls.pop(name) for name in OPENMP if name in calls and threads > 1}
-        samples, foreign = time_in_turns(
+        real = 1 < threads <= cpu_info().usable_cores and kernels_work()
+        turns = time_in_turns(
             [apart, calls],
             min_time_s=self.protocol.min_time_s,
             repeats=self.protocol.repeats,
             flush=2 * (cpu_info().l3_bytes or 32 << 20) if self.protocol.cold else None,
             retries=_RETRIES if threads > 1 else 0,
+            speed_up=partial(speed_up, threads) if real else None,
+            least=LEAST_SPEED_UP,
         )
-        for name, found in samples.items():
+        for name, found in turns.samples.items():
             candidates[name].samples += found
-        return foreign
+        return turns
 
 
 def _figures(

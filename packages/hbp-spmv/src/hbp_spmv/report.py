@@ -19,7 +19,7 @@ from tenfold_core.run.atomic import atomic_path
 from tenfold_core.run.cli import Positional, main
 from tenfold_core.run.report import ACCENT, BASELINE, figure, markdown_table, print_table
 
-from hbp_spmv.summary import FOREIGN, claims
+from hbp_spmv.summary import FOREIGN, LEAST_SPEED_UP, claims
 
 __all__ = [
     "CASE_COLUMNS",
@@ -95,6 +95,12 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     foreign = rows[0]["foreign_cores"] or 0
     if foreign > FOREIGN:
         lines.append(f"other processes used {foreign:.1f} cores meanwhile: do not trust this table")
+    found = rows[0]["speed_up"]
+    if found is not None and found < LEAST_SPEED_UP:
+        lines.append(
+            f"a probe found these threads only {found:.1f} times as fast as one: the host shares "
+            "its cores; do not trust this table"
+        )
     if auto is None:
         return lines
     text = f"auto chose {auto['layout']}"

@@ -5,25 +5,40 @@ Thread pools disturb each other: after a product the helpers of one library spin
 the next one needs (9 ms for OpenMP as PyTorch ships it, 1 ms for ours). Libraries with threads take
 turns in groups, over several rounds so that drift hits all alike, with a pause until the process is
 quiet. Another process on one of two cores makes a barrier wait for the scheduler, 8 ms a product
-instead of 45 us: a turn during which others were running is repeated.
+instead of 45 us: a turn during which others were running is repeated, and so is one around which
+the cores were not all there (see `hbp_spmv.parallel`).
 """
 
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tenfold_core.run.timing import measure_many
 
-__all__ = ["time_in_turns", "wait_until_quiet"]
+__all__ = ["Turns", "time_in_turns", "wait_until_quiet"]
 
 _ROUNDS = 4  # turns of each group
 _QUIET_STEP_S, _QUIET_LIMIT_S = 0.005, 0.5
+_CORES_STEP_S, _CORES_LIMIT_S = 0.05, 2.0
 _FOREIGN = 0.1  # cores that others may use while a turn counts
 _STAT = Path("/proc/stat")
 
 Calls = Mapping[str, Callable[[], Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """What was timed, and under what conditions."""
+
+    samples: dict[str, list[float]]
+    """Seconds per call, by name."""
+    foreign_cores: float | None
+    """Most cores that other processes used during a turn that counts, if the system tells."""
+    speed_up: float | None
+    """Least speed-up by several threads before or after a turn that counts."""
 
 
 def time_in_turns(
@@ -33,8 +48,10 @@ def time_in_turns(
     repeats: int,
     flush: int | None = None,
     retries: int = 0,
-) -> tuple[dict[str, list[float]], float | None]:
-    """Return the samples of every call, and the cores that other processes used meanwhile.
+    speed_up: Callable[[], float] | None = None,
+    least: float = 0.0,
+) -> Turns:
+    """Time all calls.
 
     Args:
         groups: calls by name that may be interleaved with each other; groups take turns.
@@ -42,15 +59,19 @@ def time_in_turns(
         repeats: samples of a call.
         flush: bytes to rewrite before each call, for cold timing.
         retries: turns that may be repeated because others were running.
+        speed_up: says how much faster several threads are than one at this moment.
+        least: speed-up below which a turn is repeated.
     """
     groups = [group for group in groups if group]
     rounds = _ROUNDS if len(groups) > 1 else 1
     samples: dict[str, list[float]] = {name: [] for group in groups for name in group}
     foreign: list[float] = []
+    speed_ups: list[float] = []
     for turn in range(rounds):
         for group in groups if turn % 2 == 0 else groups[::-1]:
             while True:
                 wait_until_quiet()
+                found = _await(speed_up, least) if speed_up else least
                 meter = _Meter()
                 timings = measure_many(
                     group,
@@ -60,13 +81,24 @@ def time_in_turns(
                     max_time_s=max(20 * min_time_s, 1.0) * len(group) / rounds,
                 )
                 others = meter.foreign_cores()
-                if others is None or others <= _FOREIGN or not retries:
+                found = min(found, speed_up()) if speed_up else least
+                good = (others is None or others <= _FOREIGN) and found >= least
+                if good or not retries:
                     break
                 retries -= 1
             for name, timing in timings.items():
                 samples[name] += timing.samples
             foreign += [] if others is None else [others]
-    return samples, max(foreign, default=None)
+            speed_ups += [found] if speed_up else []
+    return Turns(samples, max(foreign, default=None), min(speed_ups, default=None))
+
+
+def _await(speed_up: Callable[[], float], least: float) -> float:
+    """Wait for the cores, two seconds at most; return the speed-up found last."""
+    deadline = time.perf_counter() + _CORES_LIMIT_S
+    while (found := speed_up()) < least and time.perf_counter() < deadline:
+        time.sleep(_CORES_STEP_S)
+    return found
 
 
 def wait_until_quiet() -> None:

@@ -14,7 +14,7 @@ __all__ = [
     "atomic_exchange",
     "atomic_load",
     "atomic_store",
-    "call_lock",
+    "call_native",
     "call_task",
     "spin_pause",
 ]
@@ -92,13 +92,16 @@ def call_task(typingctx, address, job, worker):
 
 
 @intrinsic
-def call_lock(typingctx, address, lock):
-    """Call `int f(void *lock, int wait)` at `address` with `wait` = 1; see `kernels.pool`."""
+def call_native(typingctx, address, first, second, third):
+    """Call the C function at `address` with three integers or addresses; return its int.
+
+    A function that takes fewer of them ignores the rest: they travel in registers.
+    """
 
     def codegen(context, builder, signature, args):
-        byte = ir.IntType(8).as_pointer()
-        function = builder.inttoptr(args[0], ir.FunctionType(_I32, [byte, _I32]).as_pointer())
-        builder.call(function, [builder.inttoptr(args[1], byte), ir.Constant(_I32, 1)])
-        return context.get_dummy_value()
+        function = ir.FunctionType(_I32, [_I64, _I64, _I64])
+        result = builder.call(builder.inttoptr(args[0], function.as_pointer()), args[1:])
+        return builder.sext(result, _I64)
 
-    return types.void(types.int64, types.int64), codegen
+    signature = types.int64(types.int64, types.int64, types.int64, types.int64)
+    return signature, codegen

@@ -17,6 +17,7 @@ which costs milliseconds (CPython hands the GIL over every 5 ms).
 import atexit
 import ctypes
 import os
+import sys
 import threading
 
 import numpy as np
@@ -27,7 +28,7 @@ from hbp_spmv.kernels.atomic import (
     atomic_exchange,
     atomic_load,
     atomic_store,
-    call_lock,
+    call_native,
     call_task,
     spin_pause,
 )
@@ -49,8 +50,11 @@ JOB_PLAN, JOB_X, JOB_Y, JOB_PARTIAL, JOB_ALPHA, JOB_BETA = 24, 25, 26, 27, 28, 2
 JOB_COLUMNS, JOB_PHASE, JOB_WORKERS = 30, 31, 32
 JOB_ALPHA_IMAGINARY, JOB_BETA_IMAGINARY = 33, 34  # complex matrices only
 JOB_ACQUIRE, JOB_RELEASE = 35, 36  # addresses of the two functions of a lock
-JOB_PARKED = JOB_TICKETS + 8 * (MAX_WORKERS + 1)  # of each worker: asleep?, and its lock
-JOB_SIZE = JOB_PARKED + 8 * MAX_WORKERS
+JOB_CORE_OF, JOB_GET_CORES, JOB_SET_CORES = 37, 38, 39  # Linux: functions of the C library, or 0
+JOB_PARKED = JOB_TICKETS + 8 * (MAX_WORKERS + 1)  # of each worker: asleep?, its lock, its thread
+JOB_MASK = JOB_PARKED + 8 * MAX_WORKERS
+MASK_WORDS = 16  # machines of up to 1024 cores
+JOB_SIZE = JOB_MASK + MASK_WORDS
 
 
 @njit(nogil=True)
@@ -75,12 +79,38 @@ def chunk_at(job, queues, queue):
 
 
 @njit(nogil=True)
+def _move_away(job, worker):
+    """Keep a sleeping helper off the caller's core, where Linux may wake it.
+
+    It does so on small virtual machines: an idle virtual core counts as taken. The helper then
+    shares the caller's core, spins in vain, sleeps and wakes there again, product after product.
+    """
+    if load_index(job, JOB_CORE_OF, 8) == 0:
+        return
+    core = call_native(load_index(job, JOB_CORE_OF, 8), 0, 0, 0)
+    mask = job + 8 * JOB_MASK
+    size = 8 * MASK_WORDS
+    if core < 0 or core >= 8 * size:
+        return
+    if call_native(load_index(job, JOB_GET_CORES, 8), 0, size, mask) != 0:
+        return
+    word = load_index(mask, core // 64, 8)
+    atomic_store(mask, core // 64, word & ~(1 << (core % 64)))
+    for place in range(MASK_WORDS):
+        if load_index(mask, place, 8) != 0:
+            thread = load_index(job, JOB_PARKED + 8 * worker + 2, 8)
+            call_native(load_index(job, JOB_SET_CORES, 8), thread, size, mask)
+            return
+
+
+@njit(nogil=True)
 def _wake(job, worker):
     # Whoever takes the mark back decides whether the lock is used: the caller here, or the worker
     # that saw the new epoch after it had set the mark (see _sleep). No wake-up is lost.
     at = JOB_PARKED + 8 * worker
     if atomic_load(job, at) == 1 and atomic_exchange(job, at, 0) == 1:
-        call_lock(load_index(job, JOB_RELEASE, 8), load_index(job, at + 1, 8))
+        _move_away(job, worker)
+        call_native(load_index(job, JOB_RELEASE, 8), load_index(job, at + 1, 8), 0, 0)
 
 
 @njit(nogil=True)
@@ -89,7 +119,7 @@ def _sleep(job, worker, seen):
     atomic_store(job, at, 1)
     if atomic_load(job, JOB_EPOCH) != seen and atomic_exchange(job, at, 0) == 1:
         return
-    call_lock(load_index(job, JOB_ACQUIRE, 8), load_index(job, at + 1, 8))
+    call_native(load_index(job, JOB_ACQUIRE, 8), load_index(job, at + 1, 8), 1, 0)
 
 
 @njit(nogil=True)
@@ -191,6 +221,9 @@ class Pool:
         self.job = storage[skip : skip + JOB_SIZE]
         self.job[JOB_ACQUIRE] = _address("PyThread_acquire_lock")
         self.job[JOB_RELEASE] = _address("PyThread_release_lock")
+        if sys.platform == "linux":
+            for at, name in _CORE_FUNCTIONS.items():
+                self.job[at] = _address(name)
         self.lock = threading.Lock()
         self._helpers = 0
 
@@ -200,8 +233,8 @@ class Pool:
             worker = self._helpers + 1
             self.job[JOB_PARKED + 8 * worker + 1] = _taken_lock()
             thread = threading.Thread(
-                target=_serve,
-                args=(self.job.ctypes.data, worker, int(self.job[JOB_EPOCH]), _SPINS),
+                target=self._main,
+                args=(worker, int(self.job[JOB_EPOCH])),
                 name=f"hbp-{worker}",
                 daemon=True,
             )
@@ -211,6 +244,10 @@ class Pool:
                 return
             self._helpers = worker
 
+    def _main(self, worker: int, epoch: int) -> None:
+        self.job[JOB_PARKED + 8 * worker + 2] = threading.get_native_id()
+        _serve(self.job.ctypes.data, worker, epoch, _SPINS)
+
     def close(self) -> None:
         """Tell the helpers to end."""
         with self.lock:
@@ -219,8 +256,15 @@ class Pool:
                 _wake(self.job.ctypes.data, worker)
 
 
+_CORE_FUNCTIONS = {
+    JOB_CORE_OF: "sched_getcpu",
+    JOB_GET_CORES: "sched_getaffinity",
+    JOB_SET_CORES: "sched_setaffinity",
+}
+
+
 def _address(function: str) -> int:
-    """Return the address of a function of the stable C API, to be called without the GIL."""
+    """Return the address of a function of Python or the C library, to be called without the GIL."""
     return ctypes.cast(getattr(ctypes.pythonapi, function), ctypes.c_void_p).value or 0
 
 
