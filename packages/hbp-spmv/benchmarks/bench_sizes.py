@@ -4,11 +4,11 @@
 Rows have 1 to 31 nonzeros near the diagonal, 16 on average, so that only the size changes. Sizes
 double within two tiers: all data inside the third-level cache, and at least 1.5 times as large.
 Between the tiers the time per nonzero must rise, because memory is slower than a cache; within a
-tier the slope of log time over log nonzeros should be 1. A build is the best of several, because the system
-clears fresh pages at changing speed; a product is a median. Small matrices are left out: below about
-1e5 nonzeros fixed costs count (a build 0.3 ms, a call 1 us). Plain CSR has another reason to slow
-down with size: a processor that has learnt all row ends of a small matrix mispredicts them in a
-larger one.
+tier the slope of log time over log nonzeros should be 1. A build is the best of several, because
+the system clears fresh pages at changing speed; a product is a median. Small matrices are left out:
+below about 1e5 nonzeros fixed costs count (a build 0.3 ms, a call 1 us). Plain CSR has another
+reason to slow down with size: a processor that has learnt all row ends of a small matrix
+mispredicts them in a larger one.
 
 Writes results/sizes and sizes.md.
 """
