@@ -9,6 +9,7 @@ import pytest
 from hbp_spmv import PAPER, BuildConfig, HBPMatrix, from_csr
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.sparse import bsr_array, coo_array, csc_array, csr_array, csr_matrix, eye_array
+from tenfold_core.device import cupy_or_none
 from tenfold_core.errors import ConfigError, InputError, MissingExtraError
 from tenfold_core.sparse import CSR
 from tenfold_core.testing.sparse import awkward_matrices, random_csr
@@ -618,6 +619,7 @@ def test_layouts_convert_into_each_other(a, layout):
         assert_array_equal(other.to_csr().toarray(), a.toarray())
 
 
+@pytest.mark.skipif(cupy_or_none() is not None, reason="there is a CUDA device")
 def test_other_devices_are_refused(a):
     with pytest.raises((ConfigError, MissingExtraError), match=r"cuda|CPU"):
         from_csr(a).to("cuda")

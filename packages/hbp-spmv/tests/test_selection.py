@@ -8,7 +8,8 @@ from hbp_spmv.calibration import DEFAULT
 from hbp_spmv.selection import features, predict
 from numpy.testing import assert_array_equal
 from scipy.sparse import coo_array, csr_array, eye_array
-from tenfold_core.errors import ConfigError
+from tenfold_core.device import cupy_or_none
+from tenfold_core.errors import ConfigError, MissingExtraError
 from tenfold_core.testing.sparse import awkward_matrices, random_csr
 
 
@@ -167,8 +168,9 @@ def test_no_products_are_refused(regular, n_products):
         from_csr(regular, n_products=n_products)
 
 
-def test_other_devices_are_refused(regular):
-    with pytest.raises(ConfigError, match="this version multiplies on the CPU"):
+@pytest.mark.skipif(cupy_or_none() is not None, reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused(regular):
+    with pytest.raises((ConfigError, MissingExtraError), match=r"device.*'cuda'"):
         select(regular, device="cuda")
 
 

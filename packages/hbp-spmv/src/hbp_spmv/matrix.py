@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.linalg import LinearOperator
 from tenfold_core.device import resolve
-from tenfold_core.errors import ConfigError, InputError
+from tenfold_core.errors import InputError
 
 from hbp_spmv.building import build_layout, canonical, kernels_work, workers_for
 from hbp_spmv.config import PAPER, BuildConfig, as_int, configured
@@ -43,7 +43,7 @@ def from_csr(
         dtype: type of the values and the product; by default the matrix's own.
         threads: most threads a product may use; by default the cores of this process (affinity,
             CPU quota of a container), or as many as OMP_NUM_THREADS says if those are fewer.
-        device: cpu or auto.
+        device: cpu, cuda, cuda:N, or auto for a CUDA device if there is one.
         n_products: products the matrix is built for; few of them do not pay for a reordering.
         tune: time the candidates of `auto` whatever `n_products` says.
         config: all settings at once; the other arguments override it.
@@ -61,8 +61,12 @@ def from_csr(
     """
     given = {"layout": layout, "hash": hash, **settings}
     chosen = configured(config, given, block=block, hash_params=hash_params)
-    _require_cpu(device)
+    place = resolve(device)
     matrix = canonical(a, dtype)
+    if place.kind == "cuda":
+        from hbp_spmv.cuda import build
+
+        return build(matrix, chosen, str(place), n_products=n_products, tune=tune)
     workers = workers_for(threads, matrix.nnz)
     started = time.perf_counter()
     stored, reasons = _build(matrix, chosen, workers, n_products, tune=tune)
@@ -80,13 +84,6 @@ def _build(
 
     stored, _, plan = choose(matrix, config, threads=workers, n_products=n_products, tune=tune)
     return stored, plan.reasons
-
-
-def _require_cpu(device: str) -> None:
-    if device != "auto" and resolve(device).kind != "cpu":
-        raise ConfigError(
-            f"device={device!r}: this version multiplies on the CPU; use device='cpu'"
-        )
 
 
 class HBPMatrix:
@@ -387,9 +384,11 @@ class HBPMatrix:
         return from_csr(self.to_csr(), layout="compact", threads=self.threads, **settings)
 
     def to(self, device: str) -> "HBPMatrix":
-        """Return the matrix on `device`."""
-        _require_cpu(device)
-        return self
+        """Return the matrix on `device` (cpu, cuda, cuda:N or auto), itself if it is there."""
+        place = resolve(device)
+        if place.kind == "cpu":
+            return self
+        return self._rebuilt(self.to_csr(), device=str(place))
 
     def with_threads(self, threads: int) -> "HBPMatrix":
         """Return the same stored matrix bound to another number of threads."""

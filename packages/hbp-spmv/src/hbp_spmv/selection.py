@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_array
-from tenfold_core.device import cpu_info
-from tenfold_core.errors import ConfigError
+from tenfold_core.device import cpu_info, resolve
 
 from hbp_spmv.calibration import PREDICTED_ROWS, Calibration, load_calibration
 from hbp_spmv.config import WINDOW_SPAN, BuildConfig, as_int
 
-__all__ = ["Features", "Plan", "choose", "features", "predict", "select"]
+__all__ = ["Features", "Plan", "choose", "describe", "features", "predict", "select"]
 
 BUILD_PRODUCTS = 30
 """A compact build costs about this many of its products on one thread (16 to 32 measured). The
@@ -188,7 +187,7 @@ def choose(
         predicted_us=predicted,
         timed_us=timed,
         build_ms=builds.ms,
-        reasons=(_describe(f), reason),
+        reasons=(describe(f), reason),
     )
     return stored, replace(config, layout=format_), plan
 
@@ -241,7 +240,7 @@ def select(
 
     Args:
         a: any sparse matrix.
-        device: cpu.
+        device: cpu, cuda, cuda:N, or auto for a CUDA device if there is one.
         threads: threads of the product; by default as in `from_csr`.
         n_products: products the matrix would be built for.
         tune: time the candidates whatever `n_products` says.
@@ -249,9 +248,14 @@ def select(
     """
     from hbp_spmv.building import canonical, kernels_work, workers_for
 
-    if device not in ("cpu", "auto"):
-        raise ConfigError(f"device={device!r}: this version multiplies on the CPU")
+    place = resolve(device)
     matrix = canonical(a)
+    if place.kind == "cuda":
+        from hbp_spmv.cuda_selection import select_on
+
+        return select_on(
+            matrix, config or BuildConfig(), str(place), n_products=n_products, tune=tune
+        )
     if matrix.dtype.kind == "c" or not kernels_work():
         compiled = kernels_work()
         reason = "complex values: by rows" if compiled else "numba does not work here: SciPy"
@@ -282,7 +286,8 @@ def _time(products: dict[str, Any], a: csr_array) -> dict[str, float]:
     return best
 
 
-def _describe(f: Features) -> str:
+def describe(f: Features) -> str:
+    """Say in one line what a matrix is like."""
     return (
         f"{f.rows} x {f.columns}, {f.mean:.1f} nonzeros a row, cv {f.cv:.2f}, "
         f"{100 * f.switches:.0f} % of the rows change length, "

@@ -24,7 +24,7 @@ def spmv(matrix: HBPMatrix, x: torch.Tensor, values: torch.Tensor | None = None)
 
     Args:
         matrix: the matrix A.
-        x: operand, (columns,) or (columns, k), on the CPU, of the matrix's type.
+        x: operand, (columns,) or (columns, k), on the matrix's device and of its type.
         values: values instead of the matrix's, in the order of `matrix.to_csr().data`, (nnz,);
             the matrix must be built with `keep_perm=True` (layout csr needs no permutation).
 
@@ -34,7 +34,8 @@ def spmv(matrix: HBPMatrix, x: torch.Tensor, values: torch.Tensor | None = None)
     Raises:
         InputError: a shape, type or device does not fit.
     """
-    as_array(x)
+    if matrix.device == "cpu":
+        as_array(x)
     if values is not None and values.shape != (matrix.nnz,):
         raise InputError(f"values have shape {tuple(values.shape)}, expected ({matrix.nnz},)")
     return _SpMV.apply(x, values, matrix)
@@ -62,11 +63,15 @@ class _SpMV(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, values: torch.Tensor | None, matrix: HBPMatrix
     ) -> torch.Tensor:
         if values is not None:
-            matrix = matrix.update_values(as_array(values, "values"))
+            on_cpu = matrix.device == "cpu"
+            new = as_array(values, "values") if on_cpu else values.detach()
+            matrix = matrix.update_values(new)
             ctx.save_for_backward(x, values)
         ctx.matrix = matrix
         ctx.x_is_complex = x.is_complex()
-        return torch.from_numpy(np.asarray(matrix @ as_array(x)))
+        if matrix.device == "cpu":
+            return torch.from_numpy(np.asarray(matrix @ as_array(x)))
+        return matrix @ x.detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -79,7 +84,7 @@ class _SpMV(torch.autograd.Function):
         rows: Any = None
         cols: Any = None
         if values is not None and (twice or ctx.needs_input_grad[1]):
-            rows, cols = _coordinates(ctx.matrix)
+            rows, cols = (part.to(gradient.device) for part in _coordinates(ctx.matrix))
         if ctx.needs_input_grad[0]:
             if values is not None and twice:
                 factors = values.conj() if gradient.ndim == 1 else values.conj()[:, None]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -73,6 +74,10 @@ class EmulatedRuntime:
     def stream(self) -> int:
         """Return the number of the current stream."""
         return self.current_stream
+
+    def active(self) -> AbstractContextManager[None]:
+        """Return a context that changes nothing."""
+        return nullcontext()
 
 
 def _word(arg: Any) -> np.ndarray:

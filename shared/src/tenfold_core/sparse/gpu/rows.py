@@ -86,6 +86,11 @@ def multiply_rows(matrix: CSR, x: np.ndarray, runtime: Runtime | None = None) ->
     if matrix.dtype not in (np.float32, np.float64):
         raise InputError(f"a device multiplies float32 and float64, got {matrix.dtype}")
     runtime = runtime or cuda_runtime()
+    with runtime.active():
+        return _multiplied(matrix, x, runtime)
+
+
+def _multiplied(matrix: CSR, x: np.ndarray, runtime: Runtime) -> np.ndarray:
     xp = runtime.xp
     product = RowsProduct(
         matrix.shape,

@@ -7,6 +7,7 @@ same kernels on a CPU with NumPy arrays.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,14 +26,25 @@ arrays of the runtime; it runs on the current stream."""
 class Runtime(Protocol):
     """What the kernels' callers need."""
 
-    xp: Any
-    """The array module: CuPy, or NumPy where kernels are emulated."""
-    processors: int
-    """Multiprocessors of the device."""
-    shared_bytes: int
-    """Shared memory that one block may use."""
-    l2_bytes: int
-    """Second-level cache of the device."""
+    @property
+    def xp(self) -> Any:
+        """The array module: CuPy, or NumPy where kernels are emulated."""
+        ...
+
+    @property
+    def processors(self) -> int:
+        """Multiprocessors of the device."""
+        ...
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that one block may use."""
+        ...
+
+    @property
+    def l2_bytes(self) -> int:
+        """Second-level cache of the device."""
+        ...
 
     def kernels(
         self, source: Path, names: Sequence[str], macros: Mapping[str, str | int]
@@ -42,6 +54,10 @@ class Runtime(Protocol):
 
     def stream(self) -> int:
         """Return a number that tells streams apart, of the stream that launches go to."""
+        ...
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Return a context in which arrays are made and kernels launched on this device."""
         ...
 
 
@@ -64,6 +80,10 @@ class CupyRuntime:
     def stream(self) -> int:
         """Return the address of CuPy's current stream."""
         return self.xp.cuda.get_current_stream().ptr
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Return the context of the device."""
+        return self.xp.cuda.Device(self.index)
 
 
 @cache
