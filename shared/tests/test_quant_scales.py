@@ -152,6 +152,13 @@ def test_rows_far_from_zero_or_nearly_constant_keep_float_accuracy():
     assert float((fake_quant(x, scale, zero, 3) - x).abs()[1].max()) < 1e-6
 
 
+@pytest.mark.parametrize("zero", KINDS)
+def test_rows_of_subnormal_numbers_stay_near_zero(zero):
+    x = torch.tensor([[1e-45, 3e-45, -1e-45], [0.0, 1e-45, 0.0]])
+    scale, zeros = init_scale(x, 8, method="mse", zero=zero)
+    assert float(fake_quant(x, scale, zeros, 255).abs().max()) < 1e-35
+
+
 def test_the_largest_floats_do_not_overflow():
     x = torch.tensor([[-3e38, 0.0, 3e38]])
     for zero in KINDS:

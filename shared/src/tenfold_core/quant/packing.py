@@ -95,8 +95,7 @@ def unpack_rows(data: Any, bits: int, columns: int) -> np.ndarray:
     codes = np.empty((data.shape[0], columns), np.uint8)
     for part, words, scratch in _blocks(data.shape[0], groups):
         lanes = words.view(np.uint8)
-        words[:] = 0
-        for byte in range(bits):
+        for byte in range(bits):  # bytes left as they were end in no code that is returned
             column = data[part, byte::bits]
             lanes[:, byte::8][:, : column.shape[1]] = column
         _spread(words, scratch, bits)

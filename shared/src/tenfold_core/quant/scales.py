@@ -122,9 +122,7 @@ def _whole_range(
     else:
         scale = high / qmax - low / qmax
         middle, centre = low / 2 + high / 2, qmax / 2
-    # A row that differs only in its last bits would need a zero point beyond float's integers.
-    scale = torch.maximum(scale, torch.finfo(low.dtype).eps * most)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = scale.clamp(min=torch.finfo(low.dtype).tiny)  # rows of zeros, or of subnormal spread
     if centre is None:
         centre = torch.clamp(torch.round(-low / scale), torch.zeros_like(qmax), qmax)
     return scale, middle, centre
