@@ -60,8 +60,8 @@ class IntWeight:
         """Prepare the unpacked codes of a weight with one scale and zero point per row.
 
         Raises:
-            InputError: Sizes contradict each other, the rows are too long for int32 sums, or a scale
-                or zero point is not finite.
+            InputError: Sizes contradict each other, the rows are too long for int32 sums, or a
+                scale or zero point is not finite.
         """
         num_out, num_in, inner = codes.shape[0], codes.shape[1], prod(codes.shape[1:])
         if len(scale) != num_out or len(zero) != num_out or num_out % groups:
