@@ -81,6 +81,8 @@ def test_the_error_is_given_as_a_multiple_of_the_bound_with_its_row():
     worst, where = error_over_bound(y, matrix, x)
     assert where == 1
     assert worst == pytest.approx(32 * U64 / (3 * U64 * 2), rel=0.5)
+    known = {"exact": reference_product(matrix, x), "bound": componentwise_bound(matrix, x)}
+    assert error_over_bound(y, matrix, x, **known) == (worst, where)
     with pytest.raises(AssertionError, match=r"row 1 of .*got .*exact .*bound"):
         assert_close_to_reference(y, matrix, x)
     assert_close_to_reference(x, matrix, x)

@@ -126,6 +126,19 @@ def test_strips(dtype, local_x):
     np.testing.assert_array_equal(several, np.stack([results[0], -results[0]], axis=1))
 
 
+@pytest.mark.parametrize("fixed_share", [0.0, 0.5, 1.0])
+def test_strip_results_do_not_depend_on_the_allocation(fixed_share):
+    a = matrix(rows=3000, columns=900)
+    layout, runtime = literal_grouped_rows(a, strip_width=300), EmulatedRuntime()
+    x = np.random.default_rng(1).standard_normal(a.shape[1])
+    y = np.full(a.shape[0], np.nan)
+    product = GroupedProduct(layout, runtime, fixed_share=fixed_share)
+    product(x, y)
+    np.testing.assert_array_equal(y, multiply(layout, runtime, x))
+    owned = int(product._strips.runs[-1])
+    assert {0.0: owned == 0, 1.0: owned == product._strips.units}.get(fixed_share, True)
+
+
 @pytest.mark.parametrize("processors", [1, 2, 5, 64])
 def test_strip_results_do_not_depend_on_the_number_of_blocks(processors):
     a = matrix(rows=3000, columns=900)

@@ -67,12 +67,24 @@ def componentwise_bound(matrix: CSR, x: np.ndarray, *, unit: float | None = None
 
 
 def error_over_bound(
-    y: np.ndarray, matrix: CSR, x: np.ndarray, *, exact: np.ndarray | None = None
+    y: np.ndarray,
+    matrix: CSR,
+    x: np.ndarray,
+    *,
+    exact: np.ndarray | None = None,
+    bound: np.ndarray | None = None,
 ) -> tuple[float, int]:
     """Return the largest error as a multiple of its bound, and the row where it occurs.
 
     At most 1 is a pass. Rows whose exact value is NaN or infinite must match it and count as 0
     or infinity. An empty result gives ``(0.0, -1)``.
+
+    Args:
+        y: The result to judge.
+        matrix: The matrix of the product.
+        x: Its right-hand side.
+        exact: The product rounded once, if it is known already.
+        bound: The bound of each row for the type of ``y``, if it is known already.
     """
     exact = reference_product(matrix, x) if exact is None else exact
     y = np.asarray(y)
@@ -80,7 +92,8 @@ def error_over_bound(
         raise InputError(f"y has shape {y.shape}, expected {exact.shape}")
     if not y.size:
         return 0.0, -1
-    bound = componentwise_bound(matrix, x, unit=float(np.finfo(y.dtype).eps) / 2)
+    if bound is None:
+        bound = componentwise_bound(matrix, x, unit=float(np.finfo(y.dtype).eps) / 2)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         error = np.abs(y - exact)
         ratio = np.where(error == 0, 0.0, error / bound)

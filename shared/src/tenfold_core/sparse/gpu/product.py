@@ -28,7 +28,7 @@ STRIP_THREADS = 512
 UNIT = 64
 """Groups of a unit of the strip kernel: four for each warp of a block."""
 FIXED_SHARE = 0.8
-"""Part of the work that strip blocks own; the rest is drawn by ticket."""
+"""Part of the work that strip blocks own by default; the rest is drawn by ticket."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +51,19 @@ class GroupedProduct:
         runtime: What compiles and launches.
         local_x: With strips, whether blocks keep their strip of x in shared memory; by default if
             it fits.
+        fixed_share: With strips, part of the work that blocks own; the rest is drawn by ticket.
 
     Raises:
         InputError: The arrays contradict each other.
     """
 
     def __init__(
-        self, matrix: GroupedRows, runtime: Runtime, *, local_x: bool | None = None
+        self,
+        matrix: GroupedRows,
+        runtime: Runtime,
+        *,
+        local_x: bool | None = None,
+        fixed_share: float = FIXED_SHARE,
     ) -> None:
         matrix.check()
         self.matrix, self.runtime = matrix, runtime
@@ -67,7 +73,11 @@ class GroupedProduct:
         self._kernels: dict[int, Any] = {}
         fits = matrix.strip_width * self.dtype.itemsize <= runtime.shared_bytes
         self._local_x = fits if local_x is None else local_x and fits
-        self._strips = _strips(matrix, runtime, local=self._local_x) if matrix.strip_width else None
+        self._strips = (
+            _strips(matrix, runtime, local=self._local_x, fixed_share=fixed_share)
+            if matrix.strip_width
+            else None
+        )
         self._split = int(matrix.split_rows.shape[0])
         mean = self._num_partials / max(self._split, 1)
         self._combine_lanes = 1 if mean <= 4 else 4 if mean <= 32 else WARP
@@ -207,7 +217,7 @@ def _allow_shared(kernel: Any, size: int) -> None:
         kernel.max_dynamic_shared_size_bytes = size
 
 
-def _strips(matrix: GroupedRows, runtime: Runtime, *, local: bool) -> _Strips:
+def _strips(matrix: GroupedRows, runtime: Runtime, *, local: bool, fixed_share: float) -> _Strips:
     """Cut the groups of all strips into units and the units into runs of equal work."""
     xp = runtime.xp
     if matrix.strip_groups is None:
@@ -223,7 +233,7 @@ def _strips(matrix: GroupedRows, runtime: Runtime, *, local: bool) -> _Strips:
     units = len(unit_group) - 1
     blocks = max(1, min(runtime.processors, units))
     done = np.append(0, np.cumsum(np.diff(start[unit_group.astype(np.int64)]) + 4 * WARP))
-    goals = FIXED_SHARE * done[-1] * np.arange(blocks + 1) / blocks
+    goals = fixed_share * done[-1] * np.arange(blocks + 1) / blocks
     runs = np.searchsorted(done, goals, side="left").astype(np.uint32)
     shared = matrix.strip_width * np.dtype(matrix.val.dtype).itemsize if local else 0
     return _Strips(
