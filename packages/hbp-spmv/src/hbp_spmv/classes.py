@@ -6,13 +6,24 @@ Plain Python on 256 numbers, so that a GPU host without numba can use it as well
 
 import numpy as np
 
-__all__ = ["CAP", "MAX_CLASSES", "OWN_CLASS", "heavy_limit", "histogram_classes"]
+__all__ = [
+    "CAP",
+    "FEWEST_IN_SEGMENT",
+    "FEW_SEGMENTS",
+    "MAX_CLASSES",
+    "OWN_CLASS",
+    "heavy_limit",
+    "histogram_classes",
+]
 
 CAP = 255
 """Longest row length told apart by the `lut` hash."""
 MAX_CLASSES = 32
 OWN_CLASS = 8
 """Lengths 0..8 have a class each."""
+FEW_SEGMENTS = 64
+FEWEST_IN_SEGMENT = 512
+"""Mean nonzeros of a segment below which 16-bit offsets cost more than they save."""
 
 
 def heavy_limit(rows: int, nnz: int) -> int:

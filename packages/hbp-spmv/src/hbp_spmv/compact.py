@@ -16,6 +16,7 @@ from scipy.sparse import csr_array
 from tenfold_core.errors import ConfigError, InputError
 
 from hbp_spmv.building import all_equal
+from hbp_spmv.classes import FEW_SEGMENTS, FEWEST_IN_SEGMENT
 from hbp_spmv.config import SIGMAS, WINDOW_SPAN, BuildConfig
 from hbp_spmv.hashing import (
     ORDER_CLASSES,
@@ -48,9 +49,6 @@ ARRAYS = {
 
 SEGMENT = 2048
 """Nonzeros of a heavy row's segment."""
-FEW_SEGMENTS = 64
-FEWEST_IN_SEGMENT = 512
-"""Mean nonzeros of a segment below which 16-bit offsets cost more than they save."""
 GROUP_COST = 4
 """Cost of a group beside its nonzeros, in nonzeros per lane; it only shapes the schedule."""
 _METHODS = {
@@ -211,7 +209,7 @@ class CompactLayout:
 
         def row_of(targets: NDArray) -> NDArray:
             result = targets.astype(np.int64)
-            partial = (result >= rows) & (result != 0xFFFFFFFF)
+            partial = (result >= rows) & (result != UNUSED)
             result[partial] = table[result[partial] - rows]
             return result
 

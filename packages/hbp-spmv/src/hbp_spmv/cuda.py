@@ -22,6 +22,7 @@ from tenfold_core.errors import InputError
 from tenfold_core.sparse.gpu import Runtime, cuda_runtime
 
 from hbp_spmv.building import canonical
+from hbp_spmv.classes import heavy_limit
 from hbp_spmv.config import BuildConfig
 from hbp_spmv.device_layouts import OnDevice, Source, store
 from hbp_spmv.grouped import DeviceCSR, to_host
@@ -132,12 +133,15 @@ class CudaMatrix(HBPMatrix):
         )
 
     def _std_before(self) -> float:
-        from hbp_spmv.hashing import heavy_limit, quality
+        """Return the mean deviation in groups of 32 rows as they come, long and empty ones aside.
 
-        lengths = np.diff(self.to_csr().indptr)
+        Written with NumPy: a host with a GPU may lack numba.
+        """
+        lengths = np.diff(self.to_csr().indptr).astype(np.float64)
         kept = (lengths > 0) & (lengths <= heavy_limit(self.shape[0], self.nnz))
-        _, total, groups = quality(lengths, np.flatnonzero(kept), 32)
-        return total / max(groups, 1)
+        padded = np.full(-(-int(kept.sum()) // 32) * 32, np.nan)
+        padded[: kept.sum()] = lengths[kept]
+        return float(np.nanstd(padded.reshape(-1, 32), axis=1).mean()) if len(padded) else 0.0
 
     def arrays(self) -> dict[str, Any]:
         """Return the stored arrays, on the device; do not write to them."""

@@ -76,15 +76,15 @@ class CsrOnDevice:
 
 
 class CompactOnDevice:
-    """Grouped rows, the layout of the method."""
+    """Grouped rows, the layout of the method; `fixed_share` of the work of strips is owned."""
 
     layout = "compact"
 
-    def __init__(self, grouped: GroupedMatrix, runtime: Runtime) -> None:
+    def __init__(self, grouped: GroupedMatrix, runtime: Runtime, fixed_share: float) -> None:
         rows = grouped.rows
-        self.grouped, self.runtime = grouped, runtime
+        self.grouped, self.runtime, self.fixed_share = grouped, runtime, fixed_share
         self.shape, self.nnz, self.nbytes, self.col = rows.shape, rows.nnz, rows.nbytes, rows.col
-        self.product = GroupedProduct(rows, runtime)
+        self.product = GroupedProduct(rows, runtime, fixed_share=fixed_share)
         self.bind = self.product.bind
         self.groups, self.heavy_rows = int(rows.group_base.shape[0]), grouped.heavy_rows
         self.strips = len(rows.strip_groups) - 1 if rows.strip_width else 1
@@ -104,7 +104,8 @@ class CompactOnDevice:
             raise InputError(
                 "update_values: the permutation was not kept; build with keep_perm=True"
             )
-        return CompactOnDevice(self.grouped.with_values(values, self.runtime.xp), self.runtime)
+        changed = self.grouped.with_values(values, self.runtime.xp)
+        return CompactOnDevice(changed, self.runtime, self.fixed_share)
 
 
 class PaperOnDevice:
@@ -192,4 +193,6 @@ def store(source: Source, config: BuildConfig, runtime: Runtime) -> OnDevice:
 
         stored = PaperLayout.from_csr(source.host, config)
         return PaperOnDevice(stored, runtime, config.fixed_share)
-    return CompactOnDevice(build_grouped(source.device, config, runtime), runtime)
+    return CompactOnDevice(
+        build_grouped(source.device, config, runtime), runtime, config.fixed_share
+    )

@@ -16,7 +16,13 @@ import numpy as np
 from tenfold_core.errors import ConfigError, InputError
 from tenfold_core.sparse.gpu import GroupedRows, Runtime
 
-from hbp_spmv.classes import CAP, heavy_limit, histogram_classes
+from hbp_spmv.classes import (
+    CAP,
+    FEW_SEGMENTS,
+    FEWEST_IN_SEGMENT,
+    heavy_limit,
+    histogram_classes,
+)
 from hbp_spmv.config import BuildConfig
 
 __all__ = ["DeviceCSR", "GroupedMatrix", "build_grouped", "choose_pack", "to_host"]
@@ -233,8 +239,6 @@ class _Builder:
 
     def _too_many(self, segments: int) -> bool:
         """Tell whether 16-bit offsets cut the long rows into more pieces than they save."""
-        from hbp_spmv.compact import FEW_SEGMENTS, FEWEST_IN_SEGMENT
-
         return segments > max(FEW_SEGMENTS, self.a.nnz // FEWEST_IN_SEGMENT)
 
     def _parts(self, lengths: Any) -> _Parts:
