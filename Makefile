@@ -24,6 +24,11 @@ SYNC ?= --locked $(if $(PKG),--package $(PKG) $(extras.$(PKG)),--all-packages) -
 alone = $(if $(PKG),$(if $(filter --no-sync,$(SYNC)),,--isolated))
 where = $(if $(PKG),$(dir),-n 2)
 
+# What runs a benchmark. A host without uv, such as one with a GPU and no network, says with its own
+# Python: make bench PKG=hbp-spmv ARGS=--device=cuda \
+#   RUN="env PYTHONPATH=shared/src:packages/hbp-spmv/src python3"
+RUN ?= $(UV) run $(SYNC) python
+
 help: ## list the targets
 	@echo "make TARGET [PKG=<distribution>] [ARGS='...']"
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | \
@@ -71,11 +76,11 @@ else
 	$(UV) run --locked --package $(PKG) $(extras.$(PKG)) $(PKG) demo --out $(dir)/benchmarks/results/demo $(ARGS)
 endif
 
-bench: $(need) ## the benchmarks of PKG, or its bench_$(BENCH).py; records go to benchmarks/results/
+bench: $(if $(filter file,$(origin RUN)),$(need)) ## the benchmarks of PKG, or its bench_$(BENCH).py; records go to benchmarks/results/
 	@test -n "$(PKG)" || { echo "make bench: name the package, e.g. PKG=hbp-spmv" >&2; exit 2; }
 	@set -e; for file in $(dir)/benchmarks/bench_$(BENCH).py; do \
 	  test -f "$$file" || { echo "make bench: $(dir)/benchmarks has no bench_$(BENCH).py" >&2; exit 2; }; \
-	  echo "$$file" >&2; $(UV) run $(SYNC) python "$$file" $(ARGS); \
+	  echo "$$file" >&2; $(RUN) "$$file" $(ARGS); \
 	done
 
 # A README with the marker line is rewritten by `python -m <module>.report [--check] <folder>`.

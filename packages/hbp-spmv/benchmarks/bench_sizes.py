@@ -20,6 +20,7 @@ from time import perf_counter
 
 import numpy as np
 from hbp_spmv import HBPMatrix, from_csr
+from hbp_spmv.bench import device_of, not_here
 from hbp_spmv.report import regenerate, size_slope
 from scipy.sparse import csr_array
 from tenfold_core.device import cpu_info
@@ -47,7 +48,14 @@ PAGE = """\
 """
 
 
-def sweep(*, min_time: float = 0.2, repeats: int = 20, seed: int = 0, out: Path = RESULTS) -> None:
+def sweep(
+    *,
+    min_time: float = 0.2,
+    repeats: int = 20,
+    seed: int = 0,
+    out: Path = RESULTS,
+    device: str = "cpu",
+) -> None:
     """Time build and product over sizes, one thread, float64.
 
     Args:
@@ -55,7 +63,11 @@ def sweep(*, min_time: float = 0.2, repeats: int = 20, seed: int = 0, out: Path 
         repeats: samples per size and layout; builds are repeated a quarter as often.
         seed: seed of the matrices and vectors.
         out: folder of the results.
+        device: cpu; there is nothing to do here for another one.
     """
+    if text := not_here("bench_sizes.py", device, on_gpu=False):
+        print(text)
+        return
     cpu = cpu_info()
     if not cpu.l3_bytes:
         raise ConfigError("this machine does not tell the size of its third-level cache")
@@ -139,4 +151,6 @@ def near_diagonal(nnz: int, rng: np.random.Generator) -> csr_array:
 
 
 if __name__ == "__main__":
+    if text := not_here("bench_sizes.py", device_of(sys.argv[1:]), on_gpu=False):
+        raise SystemExit(print(text))  # before what a GPU's host may lack is imported
     raise SystemExit(main("bench_sizes.py", sweep, package="hbp-spmv"))

@@ -10,10 +10,11 @@ import os
 import sys
 from pathlib import Path
 
-from hbp_spmv.bench import BenchConfig, run
+from hbp_spmv.bench import BenchConfig, device_of, not_here, run
 from hbp_spmv.evaluate import Protocol
 from hbp_spmv.inputs import SUITE_VARIABLE, matrix_sources
 from hbp_spmv.report import claim_lines, regenerate
+from hbp_spmv.summary import claims
 from tenfold_core.device import cpu_info
 from tenfold_core.run.cli import main
 
@@ -56,6 +57,7 @@ def measure(
     seed: int = 0,
     resume: bool = False,
     limit_time: float | None = None,
+    device: str = "cpu",
 ) -> None:
     """Measure table A and judge its claims.
 
@@ -66,7 +68,11 @@ def measure(
         seed: seed of the vectors and of generated matrices.
         resume: continue an interrupted run.
         limit_time: begin nothing new after this many seconds.
+        device: cpu; there is nothing to do here for another one.
     """
+    if text := not_here("bench_suite.py", device, on_gpu=False):
+        print(text)
+        return
     folder = suite or os.environ.get(SUITE_VARIABLE)
     name = "suite" if folder else "generated"
     config = BenchConfig(
@@ -89,7 +95,7 @@ def measure(
     for text in (*found.unread, *found.notes):
         print(text)
     write_page(name, config)
-    print("\n".join(claim_lines(found.rows, found.reorderings)))
+    print("\n".join(claim_lines(claims(found.rows, found.reorderings))))
 
 
 def write_page(name: str, config: BenchConfig) -> None:
@@ -98,7 +104,7 @@ def write_page(name: str, config: BenchConfig) -> None:
     products = [
         f"\n## Products, {dtype}, {threads} thread{'s' if threads > 1 else ''}\n\n"
         + block(f"{name}/products-{dtype.replace('float', 'f')}-{threads}")
-        for dtype, threads in config.cases
+        for dtype, threads, _ in config.cases
     ]
     page = PAGE.format(
         title=titles[name],
@@ -117,4 +123,6 @@ def block(name: str) -> str:
 
 
 if __name__ == "__main__":
+    if text := not_here("bench_suite.py", device_of(sys.argv[1:]), on_gpu=False):
+        raise SystemExit(print(text))  # before what a GPU's host may lack is imported
     raise SystemExit(main("bench_suite.py", measure, package="hbp-spmv"))

@@ -170,7 +170,7 @@ def test_two_threads_are_compared_with_one():
 
 
 def test_claim_lines_name_the_losses():
-    lines = claim_lines(case(auto_us=50.0), ORDERS)
+    lines = claim_lines(claims(case(auto_us=50.0), ORDERS))
     assert lines[0].startswith("pass  reorder by hash 'lut' against sort2D: 4.00x on 1")
     assert any(line.startswith("MISS") and line.endswith("m 0.60") for line in lines)
 

@@ -4,7 +4,6 @@
 stdout carries the result, stderr everything else; `--json` prints exactly one line.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,13 +15,19 @@ from tenfold_core.run.cli import Positional, option
 from tenfold_core.run.cli import main as run_command
 
 from hbp_spmv.config import BuildConfig
+from hbp_spmv.report import print_facts, print_json
 
 __all__ = ["bench_main", "main"]
 
 Json = Annotated[bool, option(name="json", help="print one line of JSON instead of text")]
 Quiet = Annotated[bool, option(help="no progress on stderr")]
 Out = Annotated[str | None, option("-o", metavar="PATH")]
-Device = Annotated[str, option(metavar="auto|cpu|cuda[:N]", help="where the products run")]
+Device = Annotated[
+    str,
+    option(
+        metavar="auto|cpu|cuda[:N]", help="where the products run; auto stands for the CPU here"
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,16 +108,18 @@ def demo(
     Args:
         out: folder for the record run.json and the rows.
         seed: seed of the matrices and vectors.
-        device: where the products run.
+        device: where the products run; auto stands for the CPU.
         as_json: one line of JSON.
         quiet: no progress.
     """
-    _require_cpu(device)
+    if _place(device) != "cpu":
+        raise ConfigError(f"--device {device}: demo shows the CPU; use hbp-bench --device {device}")
     from tenfold_core.run.report import print_table
 
     from hbp_spmv.bench import demo_config, run
     from hbp_spmv.inputs import matrix_sources
     from hbp_spmv.report import ORDER_COLUMNS, case_printer, claim_lines, order_cells
+    from hbp_spmv.summary import claims
 
     if out is not None and Path(out).suffix:
         raise ConfigError(f"{out}: expected a folder, whose name has no suffix")
@@ -131,7 +138,7 @@ def demo(
     title, cells = "Reordering the rows of all blocks", order_cells(found.reorderings)
     print_table(ORDER_COLUMNS, cells, title=title, stream=sys.stdout)
     print("\nClaims, judged on these matrices")
-    print("\n".join(claim_lines(found.rows, found.reorderings)))
+    print("\n".join(claim_lines(claims(found.rows, found.reorderings))))
     return _exit_code(found)
 
 
@@ -147,11 +154,11 @@ def bench(
         files: matrix files, folders of them, @suite, @demo (what the extra of that name brings);
             nothing: matrices made at run time.
         formats: names separated by commas, or all; by default auto, our layouts, SciPy, torch if
-            it is installed, merge CSR and SELL.
+            it is installed, merge CSR and SELL, and on a GPU all that can run.
         dtype: f32, f64 or both, separated by a comma.
         threads: thread counts separated by commas; by default the cores of this process, or as
             many as OMP_NUM_THREADS says if those are fewer.
-        device: where the products run.
+        device: where the products run; auto stands for the CPU.
         suite: folder that @suite stands for; by default that of the variable HBP_MATRICES.
         seed: seed of the generated matrices and of the vectors.
         out: folder, or a name in .parquet, .csv or .jsonl; the record lies in the folder, or beside
@@ -163,19 +170,22 @@ def bench(
         as_json: one line of JSON.
         quiet: no progress.
     """
-    _require_cpu(device)
-    from hbp_spmv.bench import BenchConfig, run
     from hbp_spmv.inputs import matrix_sources
+
+    sources = matrix_sources(files, suite=suite, seed=seed, **reading.options())
+    if len(sources) == 1:  # a bad file is told before kernels are imported
+        sources = [sources[0].loaded()]
+    from hbp_spmv.bench import BenchConfig, run
     from hbp_spmv.report import case_printer
 
     config = BenchConfig(
+        device=_place(device),
         formats=_names(formats),
         dtypes=_names(dtype),
         threads=tuple(_count("threads", name) for name in _names(threads)),
         limit_time_s=timing.limit_time,
         protocol=timing.protocol(seed),
     )
-    sources = matrix_sources(files, suite=suite, seed=seed, **reading.options())
     found = run(
         sources, config, out=out, resume=resume, plot=plot, say=_sayer(quiet),
         on_case=case_printer(silent=as_json),
@@ -210,14 +220,14 @@ def info(file: Positional[str], *, reading: Reading = _READING, as_json: Json = 
         matrix = load(file)
         facts = {"file": file, "shape": matrix.shape, "dtype": matrix.dtype.name}
         facts |= asdict(matrix.stats) | {"config": asdict(matrix.config)}
-        _print_facts(facts, as_json)
+        print_facts(facts, as_json=as_json)
         return
     from hbp_spmv.building import require_kernels
 
     require_kernels("info")
     from hbp_spmv.info import describe_file
 
-    _print_facts(describe_file(file, **reading.options()), as_json)
+    print_facts(describe_file(file, **reading.options()), as_json=as_json)
 
 
 def convert(
@@ -246,7 +256,7 @@ def convert(
     facts = convert_file(
         source, target, dtype=dtype, threads=threads, config=build, reading=reading.options()
     )
-    _print_facts(facts, as_json)
+    print_facts(facts, as_json=as_json)
 
 
 def verify(
@@ -266,11 +276,11 @@ def verify(
         against: the matrix file it was made from; by default its own entries.
         trials: number of random vectors.
         seed: seed of the vectors.
-        device: where the products run.
+        device: where the products run; auto stands for the CPU.
         reading: how the matrix file is read.
         as_json: one line of JSON.
     """
-    _require_cpu(device)
+    place = _place(device)
     from hbp_spmv.storage import load
     from hbp_spmv.verification import verify as verify_matrix
 
@@ -284,11 +294,12 @@ def verify(
 
         source = read(against, **reading.options())
     try:
-        found = verify_matrix(matrix, source, trials=trials, seed=seed)
+        found = verify_matrix(matrix.to(place), source, trials=trials, seed=seed)
     except TenfoldError as error:
         raise type(error)(f"{file}: {error}") from None
-    facts = {"file": file, "against": against or "its own entries", **asdict(found)}
-    _print_facts(facts | {"verdict": "within the bound"}, as_json)
+    facts = {"file": file, "against": against or "its own entries", "device": place}
+    facts |= asdict(found)
+    print_facts(facts | {"verdict": "within the bound"}, as_json=as_json)
 
 
 def select(
@@ -308,38 +319,49 @@ def select(
         threads: threads of the product.
         n_products: products that are going to follow the build.
         tune: time the candidates whatever n_products says.
-        device: where the products run.
+        device: where the products run; auto stands for the CPU.
         reading: how the file is read.
         as_json: one line of JSON.
     """
-    _require_cpu(device)
+    place = _place(device)
     from hbp_spmv.readers import read
     from hbp_spmv.selection import select as select_layout
 
     if n_products < 1:
         raise ConfigError(f"n-products: found {n_products}, expected at least 1")
     a = read(file, **reading.options())
-    plan = select_layout(a, threads=threads, n_products=n_products, tune=tune)
-    _print_facts({"file": file, **asdict(plan)}, as_json)
+    plan = select_layout(a, device=place, threads=threads, n_products=n_products, tune=tune)
+    print_facts({"file": file, **asdict(plan)}, as_json=as_json)
 
 
-def calibrate(*, save: bool = True, as_json: Json = False) -> None:
+def calibrate(*, save: bool = True, device: Device = "auto", as_json: Json = False) -> None:
     """Measure this machine (a few seconds): its roofline, and the costs that `auto` reckons with.
 
     Args:
-        save: keep the result in the user's cache folder; --no-save only prints it.
+        save: keep the result in the user's cache folder; --no-save only prints it. That of a GPU is
+            measured anew in each process and never kept.
+        device: what to measure; auto stands for the CPU.
         as_json: one line of JSON.
     """
-    from hbp_spmv.calibration import calibrate as measure
+    place = _place(device)
+    found: dict[str, Any]
+    if place == "cpu":
+        from hbp_spmv.calibration import calibrate as measure
 
-    found = asdict(measure(save=save))
+        found = asdict(measure(save=save))
+    else:
+        from hbp_spmv.gpu_evaluate import CudaPlace
+
+        gpu = CudaPlace(place)
+        found = {"device": gpu.name, **asdict(gpu.calibration(_sayer(quiet=True)))}
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
-    for size, rate in found.pop("bandwidth"):
+    bandwidth: Any = found.pop("bandwidth")
+    for size, rate in bandwidth:
         # 2 flops for 12 bytes (f64 value, 32-bit index): what CSR can reach at that copy rate.
         print(f"copy, {size >> 10:>8} KiB: {rate:6.1f} GB/s, CSR at most {rate / 6:5.1f} GFLOP/s")
-    _print_facts(found, as_json)
+    print_facts(found, as_json=False)
 
 
 def generate(
@@ -380,7 +402,7 @@ def generate(
         "bandwidth": bandwidth, "shortest": shortest, "exponent": exponent, "sinks": sinks,
     }  # fmt: skip
     given = {key: value for key, value in settings.items() if value is not None}
-    _print_facts(make_file(name, out, given, seed=seed), as_json)
+    print_facts(make_file(name, out, given, seed=seed), as_json=as_json)
 
 
 def warmup(*, full: bool = False, as_json: Json = False, quiet: Quiet = False) -> None:
@@ -393,7 +415,7 @@ def warmup(*, full: bool = False, as_json: Json = False, quiet: Quiet = False) -
     """
     from hbp_spmv.warmup import compile_all
 
-    _print_facts(compile_all(full=full, say=_sayer(quiet)), as_json)
+    print_facts(compile_all(full=full, say=_sayer(quiet)), as_json=as_json)
 
 
 _VERBS = {
@@ -402,13 +424,11 @@ _VERBS = {
 }  # fmt: skip
 
 
-def _require_cpu(device: str) -> None:
-    if device in ("auto", "cpu"):
-        return
+def _place(device: str) -> str:
+    """Return `cpu`, which `auto` stands for, or the GPU that was asked for and answers."""
     from tenfold_core.device import resolve
 
-    resolve(device)
-    raise ConfigError(f"--device {device}: this version multiplies on the CPU; use --device cpu")
+    return "cpu" if device == "auto" else str(resolve(device))
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -443,44 +463,12 @@ def _sayer(quiet: bool) -> Any:
     return say
 
 
-def _print_json(value: Any) -> None:
-    from tenfold_core.run.rows import plain
-
-    print(json.dumps(plain(value), ensure_ascii=False, allow_nan=False))
-
-
-def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        _print_json(facts)
-        return
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        lines = (
-            value
-            if isinstance(value, list | tuple) and value and isinstance(value[0], str)
-            else [value]
-        )
-        for place, line in enumerate(lines):
-            print(f"{name.replace('_', ' ') if place == 0 else '':<{width}}  {_text(line)}")
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_text(part)}" for name, part in value.items()) or "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return " x ".join(map(_text, value)) or "-"
-    return "-" if value is None else str(value)
-
-
 def _exit_code(found: Any) -> int:
     """Return 1 if `auto` failed somewhere, 2 if a matrix could not be read; say where it failed."""
     failed = [row for row in found.rows if row["format"] == "auto" and row["error"]]
     for row in failed:
-        case = f"{row['matrix']}, {row['dtype']}, threads {row['threads']}"
+        where = f"threads {row['threads']}" if row["threads"] else row["device"]
+        case = f"{row['matrix']}, {row['dtype']}, {where}"
         print(f"hbp-spmv: error: {case}: auto failed: {row['error']}", file=sys.stderr)
     return 1 if failed else 2 if found.unread else 0
 
@@ -488,4 +476,4 @@ def _exit_code(found: Any) -> int:
 def _print_result(found: Any) -> None:
     metrics = {name: value for name, (value, _, _) in found.metrics.items()}
     parts = {"rows": found.rows, "metrics": metrics, "notes": found.notes}
-    _print_json(parts | ({"reorderings": found.reorderings} if found.reorderings else {}))
+    print_json(parts | ({"reorderings": found.reorderings} if found.reorderings else {}))

@@ -8,15 +8,14 @@ componentwise bound. x is standard normal.
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib import import_module
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from tenfold_core.device import cpu_info, load_average
 from tenfold_core.errors import ConfigError, MissingExtraError
@@ -33,7 +32,20 @@ from hbp_spmv.parallel import speed_up
 from hbp_spmv.summary import LEAST_SPEED_UP
 from hbp_spmv.turns import Turns, time_in_turns
 
-__all__ = ["COLUMNS", "HBP_FORMATS", "VENDORS", "Protocol", "Row", "Subject", "resolve_formats"]
+__all__ = [
+    "COLUMNS",
+    "HBP_FORMATS",
+    "VENDORS",
+    "Candidate",
+    "Protocol",
+    "Row",
+    "Subject",
+    "comparisons",
+    "error_text",
+    "figures",
+    "pick_formats",
+    "resolve_formats",
+]
 
 HBP_FORMATS: dict[str, dict[str, Any]] = {
     "auto": {"layout": "auto"},
@@ -53,7 +65,7 @@ OPENMP = ("csr-torch", "csr-torch-int64", "csr-mkl")
 """Formats whose helper threads are OpenMP's, timed apart from ours; see `hbp_spmv.turns`."""
 
 _RETRIES = 6  # turns of a case repeated because other processes were running
-_BUILDS, _BUILD_BUDGET_S, _LONG_BUILD_S = 3, 0.1, 10.0
+_BUILDS, _BUILD_BUDGET_S = 3, 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +82,13 @@ class Row:
     """Standard deviation of the nonzeros a row over their mean."""
     dtype: str
     threads: int
-    """Threads that were offered; a format may use fewer."""
+    """Threads that were offered; a format may use fewer. 0 on a GPU."""
     cold: bool
     """Caches were overwritten before each product."""
     format: str
     layout: str | None = None
-    """What `auto` chose, the layout of our other formats."""
+    """What `auto` chose, the layout of our other formats; on a GPU with details, and what must be
+    said of a library: its version, algorithm and indices."""
     bytes: int | None = None
     """Stored arrays, each once."""
     build_ms: float | None = None
@@ -85,6 +98,8 @@ class Row:
     us_p10: float | None = None
     us_p90: float | None = None
     us_min: float | None = None
+    graph_us: float | None = None
+    """On a GPU: median of a product in a CUDA graph of many, which no call by the host delays."""
     samples: int | None = None
     gflops: float | None = None
     """2 nnz / time."""
@@ -102,7 +117,8 @@ class Row:
     vendor: str | None = None
     """Name of the fastest library."""
     breakeven: int | None = None
-    """Products after which the build is repaid against csr-scipy; empty: never."""
+    """Products after which the build is repaid against csr-scipy, on a GPU against the fastest
+    library; empty: never."""
     regret_percent: float | None = None
     """How much slower `auto` is than the fastest of our formats."""
     load: float | None = None
@@ -111,6 +127,8 @@ class Row:
     """Cores that other processes used while this case was timed, where the system tells."""
     speed_up: float | None = None
     """Least speed-up by the threads of a probe around the turns; empty with one thread."""
+    device: str = "cpu"
+    """cpu, or the name of the GPU."""
     error: str | None = None
     """Why there is no figure."""
 
@@ -141,11 +159,12 @@ class Protocol:
 
 
 @dataclass(slots=True)
-class _Candidate:
+class Candidate:
     """One format of the matrix, ready to be multiplied."""
 
     nbytes: int
-    call: Callable[[], NDArray]
+    call: Callable[[], Any]
+    """The product as a user of the format asks for it."""
     layout: str | None
     build_s: float
     error_over_bound: float
@@ -162,27 +181,51 @@ def resolve_formats(names: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
         ConfigError: a name is unknown.
         MissingExtraError: a format that was named needs a library that is not installed.
     """
-    known = {name.casefold(): name for name in (*HBP_FORMATS, *BASELINES)}
-    left_out = []
+
+    def reason(name: str) -> str | None:
+        return BASELINES[name].probe() if name in BASELINES else _fault(name)
+
+    chosen, left_out = pick_formats(names, (*HBP_FORMATS, *BASELINES), DEFAULT_FORMATS, reason)
+    return tuple(chosen if BASE in chosen else [*chosen, BASE]), left_out
+
+
+def pick_formats(
+    names: Sequence[str],
+    known: Sequence[str],
+    default: Sequence[str],
+    reason: Callable[[str], str | None],
+) -> tuple[list[str], list[str]]:
+    """Return the formats that names stand for, each once, and why others are left out.
+
+    Args:
+        names: format names in any case, `all`, or nothing for the default selection.
+        known: every format.
+        default: the default selection.
+        reason: says why a format cannot run here, or None.
+
+    Raises:
+        ConfigError: a name is unknown.
+        MissingExtraError: a format that was named cannot run.
+    """
+    spelled = {name.casefold(): name for name in known}
+    left_out: list[str] = []
     chosen: list[str] = []
-    for name in names or DEFAULT_FORMATS:
+    for name in names or default:
         if name.casefold() == "all":
-            wanted, named = (*HBP_FORMATS, *BASELINES), False
-        elif name.casefold() in known:
-            wanted, named = (known[name.casefold()],), bool(names)
+            wanted, named = known, False
+        elif name.casefold() in spelled:
+            wanted, named = (spelled[name.casefold()],), bool(names)
         else:
-            raise ConfigError(
-                f"formats: {name!r} is not known, expected all, {', '.join(known.values())}"
-            )
+            raise ConfigError(f"formats: {name!r} is not known, expected all, {', '.join(known)}")
         for format_ in wanted:
-            reason = BASELINES[format_].probe() if format_ in BASELINES else _fault(format_)
-            if reason and named:
-                raise MissingExtraError(f"format {format_!r}: {reason}")
-            if reason:
-                left_out.append(f"{format_}: {reason}")
+            fault = reason(format_)
+            if fault and named:
+                raise MissingExtraError(f"format {format_!r}: {fault}")
+            if fault:
+                left_out.append(f"{format_}: {fault}")
             elif format_ not in chosen:
                 chosen.append(format_)
-    return tuple(chosen if BASE in chosen else [*chosen, BASE]), left_out
+    return chosen, left_out
 
 
 def _fault(name: str) -> str | None:
@@ -210,7 +253,13 @@ class Subject:
         }  # fmt: skip
 
     def measure(
-        self, formats: Sequence[str], dtype: str, threads: int, calibration: Calibration
+        self,
+        formats: Sequence[str],
+        dtype: str,
+        threads: int,
+        calibration: Any,
+        *,
+        cold: bool | None = None,
     ) -> list[dict[str, Any]]:
         """Build, check and time every format; one that fails gets a row with its error.
 
@@ -219,15 +268,18 @@ class Subject:
             dtype: float32 or float64; a complex matrix stays complex at that precision.
             threads: threads that each format may use.
             calibration: where the copy bandwidth comes from.
+            cold: overwrite the caches before each product; by default what the protocol says.
         """
+        protocol = self.protocol if cold is None else replace(self.protocol, cold=cold)
         if self._task is None or self._task.dtype != dtype:
-            self._task = _Task(self.a, dtype, self.protocol)
+            self._task = _Task(self.a, dtype, protocol)
+        self._task.protocol = protocol
         candidates, errors, turns = self._task.run(formats, threads)
         foreign = turns.foreign_cores
         load = load_average()
         facts: dict[str, Any] = {
             **self.facts(), "dtype": self._task.a.dtype.name, "threads": threads,
-            "cold": self.protocol.cold, "load": round(load[0], 2) if load else None,
+            "cold": protocol.cold, "load": round(load[0], 2) if load else None,
             "foreign_cores": None if foreign is None else round(foreign, 3),
             "speed_up": None if turns.speed_up is None else round(turns.speed_up, 2),
         }  # fmt: skip
@@ -236,8 +288,8 @@ class Subject:
             if name in errors:
                 row = Row(**facts, format=name, error=errors[name])
             else:
-                figures = _figures(self._task, name, threads, candidates, calibration)
-                row = Row(**facts, format=name, **figures)
+                found = _measured(self._task, name, threads, candidates, calibration)
+                row = Row(**facts, format=name, **found)
             rows.append({column: plain(getattr(row, column)) for column in COLUMNS})
         return rows
 
@@ -256,9 +308,9 @@ class _Task:
 
     def run(
         self, formats: Sequence[str], threads: int
-    ) -> tuple[dict[str, _Candidate], dict[str, str], Turns]:
+    ) -> tuple[dict[str, Candidate], dict[str, str], Turns]:
         """Return what was measured, why formats failed, and under what conditions."""
-        candidates: dict[str, _Candidate] = {}
+        candidates: dict[str, Candidate] = {}
         errors: dict[str, str] = {}
         if any(name.startswith("csr-torch") for name in formats):
             import_module("hbp_spmv.torch")
@@ -267,32 +319,30 @@ class _Task:
                 try:
                     candidates[name] = self._candidate(name, threads)
                 except Exception as error:  # whatever a library raises must not end the run
-                    errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                    errors[name] = error_text(error)
             turns = self._time(candidates, threads)
         return candidates, errors, turns
 
-    def _candidate(self, name: str, threads: int) -> _Candidate:
+    def _candidate(self, name: str, threads: int) -> Candidate:
         build = self._builder(name, threads)
         seconds: list[float] = []
         operator: Any = None
-        # The first build also compiles and imports; it counts only if it is too long to repeat.
+        # The first build also compiles and imports, and never counts.
         while len(seconds) < 2 or (len(seconds) <= _BUILDS and sum(seconds[1:]) < _BUILD_BUDGET_S):
             operator = None
             started = time.perf_counter()
             operator = build()
             seconds.append(time.perf_counter() - started)
-            if seconds[0] > _LONG_BUILD_S:
-                break
         call = self._call(operator)
         y = np.asarray(call())
         worst, row = error_over_bound(y, self.reference, self.x, exact=self.exact)
         if not worst <= 1:
             raise VerificationError(f"row {row}: the error is {worst:.3g} times its bound")
-        return _Candidate(
+        return Candidate(
             nbytes=operator.nbytes,
             call=call,
             layout=operator.layout if name in HBP_FORMATS else None,
-            build_s=float(np.median(seconds[1:] or seconds)),
+            build_s=float(np.median(seconds[1:])),
             error_over_bound=worst,
             samples=[],
         )
@@ -312,7 +362,7 @@ class _Task:
             return partial(from_csr, self.a, threads=threads, n_products=products, **settings)
         return partial(BASELINES[name].build, self.a, threads)
 
-    def _time(self, candidates: Mapping[str, _Candidate], threads: int) -> Turns:
+    def _time(self, candidates: Mapping[str, Candidate], threads: int) -> Turns:
         """Fill in the samples of all candidates."""
         calls = {name: candidate.call for name, candidate in candidates.items()}
         apart = {name: calls.pop(name) for name in OPENMP if name in calls and threads > 1}
@@ -331,21 +381,33 @@ class _Task:
         return turns
 
 
-def _figures(
+def _measured(
     task: _Task,
     name: str,
     threads: int,
-    candidates: Mapping[str, _Candidate],
+    candidates: Mapping[str, Candidate],
     calibration: Calibration,
 ) -> dict[str, Any]:
     """Return the measured columns of a format."""
     a, found = task.a, candidates[name]
-    medians = {other: max(float(np.median(c.samples)), 1e-9) for other, c in candidates.items()}
-    p10, p90 = np.percentile(found.samples, [10, 90])
-    seconds = medians[name]
+    medians = {other: float(np.median(c.samples)) for other, c in candidates.items()}
     moved = found.nbytes + a.dtype.itemsize * sum(a.shape)
     memory = calibration.bandwidth[-1][1]
     copy = threads * (memory if task.protocol.cold else calibration.bandwidth_at(moved // threads))
+    return {**figures(a, found, copy), **comparisons(name, medians, found.build_s)}
+
+
+def figures(a: csr_array, found: Candidate, copy: float) -> dict[str, Any]:
+    """Return the columns of a format that depend on no other one.
+
+    Args:
+        a: the matrix.
+        found: the format and its samples.
+        copy: bandwidth in GB/s that a copy of that working set reaches.
+    """
+    seconds = max(float(np.median(found.samples)), 1e-9)
+    p10, p90 = np.percentile(found.samples, [10, 90])
+    moved = found.nbytes + a.dtype.itemsize * sum(a.shape)
     return {
         "layout": found.layout,
         "bytes": found.nbytes,
@@ -360,28 +422,52 @@ def _figures(
         "copy_gbs": _short(copy),
         "copy_percent": _short(1e-7 * moved / seconds / copy),
         "error_over_bound": _short(found.error_over_bound),
-        **_comparisons(name, medians, found.build_s),
     }
 
 
-def _comparisons(name: str, medians: Mapping[str, float], build_s: float) -> dict[str, Any]:
-    """Compare a format with SciPy, the fastest library and, for `auto`, our other formats."""
+def comparisons(
+    name: str,
+    medians: Mapping[str, float],
+    build_s: float,
+    *,
+    base: str | None = BASE,
+    vendors: Sequence[str] = VENDORS,
+    ours: Container[str] = HBP_FORMATS,
+) -> dict[str, Any]:
+    """Compare a format with SciPy, the fastest library and, for `auto`, our other formats.
+
+    Args:
+        name: the format.
+        medians: seconds of a product, by format.
+        build_s: seconds of the format's build.
+        base: what the break-even counts against; None for the fastest library.
+        vendors: the libraries.
+        ours: our formats.
+    """
+    medians = {other: max(value, 1e-9) for other, value in medians.items()}
     seconds = medians[name]
     result: dict[str, Any] = {}
+    best = min((v for v in vendors if v in medians), key=medians.__getitem__, default=None)
     if BASE in medians:
         result["over_scipy"] = _short(medians[BASE] / seconds)
-        gain = medians[BASE] - seconds
-        if name == BASE:
+    against = best if base is None else base
+    if against in medians:
+        gain = medians[against] - seconds
+        if name == against:
             result["breakeven"] = 0
         elif gain > 0:
             result["breakeven"] = int(np.ceil(build_s / gain))
-    if vendors := [vendor for vendor in VENDORS if vendor in medians]:
-        best = min(vendors, key=medians.__getitem__)
+    if best is not None:
         result |= {"vendor": best, "over_vendor": _short(medians[best] / seconds)}
-    ours = [medians[other] for other in medians if other in HBP_FORMATS]
-    if name == "auto" and len(ours) > 1:
-        result["regret_percent"] = _short(100 * (seconds / min(ours) - 1))
+    own = [medians[other] for other in medians if other in ours]
+    if name == "auto" and len(own) > 1:
+        result["regret_percent"] = _short(100 * (seconds / min(own) - 1))
     return result
+
+
+def error_text(error: Exception) -> str:
+    """Write an error as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _short(value: float) -> float:

@@ -33,7 +33,8 @@ from hbp_spmv.evaluate import COLUMNS, Row
 __all__ = ["Output", "check_output", "read_rows", "write_rows"]
 
 _TABLES = (".csv", ".parquet")
-_CASE = ("matrix", "dtype", "threads")  # rows that are measured together
+_CASE = ("matrix", "dtype", "threads", "cold")  # rows that are measured together
+_ADDED = ("graph_us", "device")  # columns that older tables lack
 _ORDERS = "reorder.jsonl"
 
 Rows = list[dict[str, Any]]
@@ -72,7 +73,9 @@ def _require_folder(path: str | Path) -> None:
 class Output:
     """The files of one run; nothing is created before the first rows are written."""
 
-    def __init__(self, out: str | Path, *, verb: str, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, out: str | Path, *, verb: str, settings: Mapping[str, Any], device: str = "cpu"
+    ) -> None:
         """Say where to write; a name without a suffix is a folder.
 
         Args:
@@ -80,13 +83,14 @@ class Output:
             verb: command that the record names.
             settings: the record's `config`; `token` is the fingerprint of settings and inputs,
                 `matrices` their names, `protocol` holds the seed.
+            device: name of the device that the record gives.
         """
         path = Path(out)
         suffix = "" if path.is_dir() else path.suffix.lower()
         self.table = path if suffix in _TABLES else None
         self.folder = path.with_suffix(".run") if suffix else path
         self.rows_path = path if suffix == ".jsonl" else self.folder / "rows.jsonl"
-        self._verb, self._settings = verb, settings
+        self._verb, self._settings, self._device = verb, settings, device
         self._stream: JsonlStream | None = None
         self._record: RunRecord | None = None
 
@@ -156,6 +160,7 @@ class Output:
             command=["hbp-spmv", self._verb, *self._settings["matrices"]],
             config=self._settings,
             seed=self._settings["protocol"]["seed"],
+            device=self._device,
         )
         if not resume:
             for path in (self.rows_path, self.folder / _ORDERS):
@@ -206,6 +211,8 @@ def write_rows(path: str | Path, rows: Rows) -> None:
 def read_rows(path: str | Path) -> Rows:
     """Read rows that :func:`write_rows` or a run has written, with their types.
 
+    Columns that an older version did not write have their defaults.
+
     Raises:
         InputError: the file does not have the columns of a result.
     """
@@ -220,12 +227,13 @@ def read_rows(path: str | Path) -> Rows:
         import polars as pl
 
         rows = pl.read_parquet(path).to_dicts()
-    if any(set(row) != set(COLUMNS) for row in rows):
+    absent = {name: Row.__dataclass_fields__[name].default for name in _ADDED}
+    if any(set(absent | row) != set(COLUMNS) for row in rows):
         raise InputError(f"{path}: expected the columns {', '.join(COLUMNS)}; measure again")
-    if suffix != ".csv":
-        return rows
-    kinds = _kinds()
-    return [{name: _from_text(row[name], kinds[name]) for name in COLUMNS} for row in rows]
+    if suffix == ".csv":
+        kinds = _kinds()
+        rows = [{name: _from_text(row[name], kinds[name]) for name in row} for row in rows]
+    return [{name: (absent | row)[name] for name in COLUMNS} for row in rows]
 
 
 def _kinds() -> dict[str, type]:

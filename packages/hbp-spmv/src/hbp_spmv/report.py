@@ -4,9 +4,11 @@
 `python -m hbp_spmv.report [--check] packages/hbp-spmv` rewrites, in README.md and in
 benchmarks/results/*.md, what stands between `<!-- results: FOLDER/TABLE -->` and the next
 `<!-- /results -->`. FOLDER lies in benchmarks/results; TABLE is `claims`, `reorder`,
-`sizes` or, for a type and a number of threads, such as `products-f64-1`.
+`sizes` or, for a type and a number of threads, such as `products-f64-1`. A folder of a GPU has
+`claims`, `ablation`, `fastest`, and such as `products-f64-hot` and `graphs-f64-cold`.
 """
 
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +21,11 @@ from tenfold_core.run.atomic import atomic_path
 from tenfold_core.run.cli import Positional, main
 from tenfold_core.run.report import ACCENT, BASELINE, figure, markdown_table, print_table
 
-from hbp_spmv.summary import FOREIGN, LEAST_SPEED_UP, claims
+from hbp_spmv.summary import FOREIGN, LEAST_SPEED_UP, LEFT_OUT, Claim, claims
 
 __all__ = [
     "CASE_COLUMNS",
+    "GPU_CASE_COLUMNS",
     "ORDER_COLUMNS",
     "case_cells",
     "case_printer",
@@ -31,6 +34,8 @@ __all__ = [
     "claim_table",
     "machine_line",
     "order_cells",
+    "print_facts",
+    "print_json",
     "print_metrics",
     "product_table",
     "regenerate",
@@ -48,6 +53,11 @@ CASE_COLUMNS = (
     "x scipy", "x library", "pays after",
 )  # fmt: skip
 """What `hbp-bench` prints for each format."""
+GPU_CASE_COLUMNS = (
+    "format", "KB", "build ms", "us", "p10", "p90", "graph us", "GFLOP/s", "GB/s", "% copy",
+    "err/bound", "x library", "pays after",
+)  # fmt: skip
+"""The same on a GPU."""
 _SHORT = {"float64": "f64", "float32": "f32"}
 _BLOCK = re.compile(r"^<!-- results: (\S+) -->\n(.*?)^<!-- /results -->$", re.M | re.S)
 
@@ -56,6 +66,7 @@ def case_title(rows: Sequence[Row]) -> str:
     """Say what the rows of one case have in common."""
     row = rows[0]
     threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+    threads = threads if row["threads"] else row["device"]
     return (
         f"{row['matrix']}: {row['rows']} x {row['columns']}, {row['nnz']} nonzeros "
         f"({row['row_mean']:.1f} a row, cv {row['row_cv']:.2f}), {row['dtype']}, {threads}, "
@@ -64,23 +75,25 @@ def case_title(rows: Sequence[Row]) -> str:
 
 
 def case_cells(rows: Sequence[Row]) -> list[list[str]]:
-    """Return a case as text cells, one line per format."""
+    """Return a case as text cells, one line per format, in the order of its columns."""
     lines = []
+    gpu = not rows[0]["threads"]
     for row in rows:
         name = f"{row['format']} ({row['layout']})" if row["format"] == "auto" else row["format"]
         if row["error"] is not None:
-            lines.append([row["format"], "failed", *[""] * (len(CASE_COLUMNS) - 2)])
+            what = "left out" if row["error"].startswith(LEFT_OUT) else "failed"
+            lines.append([row["format"], what, *[""] * (len(CASE_COLUMNS) - 2)])
             continue
         after = "never" if row["breakeven"] is None else str(row["breakeven"])
-        figures = ["build_ms", "us", "us_p10", "us_p90", "gflops", "gbs", "copy_percent"]
+        times = ["build_ms", "us", "us_p10", "us_p90", *(["graph_us"] if gpu else [])]
+        ratios = ["over_vendor"] if gpu else ["over_scipy", "over_vendor"]
         lines.append(
             [
                 name,
                 f"{row['bytes'] / 1024:.0f}",
-                *[_digits(row[column]) for column in figures],
+                *[_digits(row[column]) for column in (*times, "gflops", "gbs", "copy_percent")],
                 f"{row['error_over_bound']:.2g}",
-                _digits(row["over_scipy"]),
-                _digits(row["over_vendor"]),
+                *[_digits(row[column]) for column in ratios],
                 after,
             ]
         )
@@ -89,7 +102,7 @@ def case_cells(rows: Sequence[Row]) -> list[list[str]]:
 
 def verdict(rows: Sequence[Row]) -> list[str]:
     """Say what `auto` chose, how far from the best it was, and plainly when it loses."""
-    lines = [f"{row['format']} failed: {row['error']}" for row in rows if row["error"] is not None]
+    lines = [_fault(row) for row in rows if row["error"] is not None]
     times = {row["format"]: row["us"] for row in rows if row["us"]}
     auto = next((row for row in rows if row["format"] == "auto" and row["us"]), None)
     foreign = rows[0]["foreign_cores"] or 0
@@ -117,9 +130,15 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     best = min(times, key=times.__getitem__)
     if times[best] < times["auto"] and best != auto["vendor"] and not best.startswith("hbp-"):
         text += f"; fastest of all: {best}, {times['auto'] / times[best]:.2f}x as fast as auto"
-    if auto["breakeven"] is None:
-        text += "; the build never pays against csr-scipy"
+    against = "csr-scipy" if auto["threads"] else auto["vendor"]
+    if auto["breakeven"] is None and against:
+        text += f"; the build never pays against {against}"
     return [*lines, text]
+
+
+def _fault(row: Row) -> str:
+    reason = row["error"].removeprefix(LEFT_OUT)
+    return f"{row['format']} {'failed' if reason == row['error'] else 'left out'}: {reason}"
 
 
 def product_table(rows: Sequence[Row], dtype: str, threads: int) -> str:
@@ -222,40 +241,44 @@ def case_printer(*, silent: bool) -> Callable[[Sequence[Row], Any], None]:
         if silent:
             return
         if not begun:
-            print(machine_line(calibration.bandwidth))
+            gpu = None if rows[0]["threads"] else rows[0]["device"]
+            print(machine_line(calibration.bandwidth, gpu=gpu))
         begun = True
         title = f"\n{case_title(rows)}"
-        print_table(CASE_COLUMNS, case_cells(rows), title=title, stream=sys.stdout)
+        columns = CASE_COLUMNS if rows[0]["threads"] else GPU_CASE_COLUMNS
+        print_table(columns, case_cells(rows), title=title, stream=sys.stdout)
         print("\n".join(verdict(rows)), flush=True)
 
     return show
 
 
-def claim_table(rows: Sequence[Row], reorderings: Sequence[Row]) -> str:
+def claim_table(found: Sequence[Claim]) -> str:
     """Write every claim with its target, what was found, and every loss, as Markdown."""
     words = {True: "pass", False: "miss", None: "not measured"}
     return markdown_table(
         ["claim", "target", "found", "verdict", "below the line"],
-        [[c.text, c.target, c.found, words[c.passed], c.detail] for c in claims(rows, reorderings)],
+        [[c.text, c.target, c.found, words[c.passed], c.detail] for c in found],
     )
 
 
-def claim_lines(rows: Sequence[Row], reorderings: Sequence[Row]) -> list[str]:
+def claim_lines(found: Sequence[Claim]) -> list[str]:
     """Return every claim as a line of text."""
     words = {True: "pass", False: "MISS", None: "not measured"}
     return [
         f"{words[c.passed]:<5} {c.text}: {c.found}, target {c.target}"
         + (f"; below the line: {c.detail}" if c.detail else "")
-        for c in claims(rows, reorderings)
+        for c in found
     ]
 
 
-def machine_line(bandwidth: Sequence[tuple[int, float]]) -> str:
-    """Say what the figures were measured on."""
+def machine_line(bandwidth: Sequence[tuple[int, float]], *, gpu: str | None = None) -> str:
+    """Say what the figures were measured on: this processor, or the GPU of that name."""
     from tenfold_core.device import cpu_info, load_average
 
     cpu, load = cpu_info(), load_average()
     copies = ", ".join(f"{_size(size)} {rate:.0f}" for size, rate in bandwidth)
+    if gpu is not None:
+        return f"{gpu}; copy in GB/s: {copies}"
     return (
         f"{cpu.model}, {cpu.usable_cores} cores, load {load[0] if load else 0:.1f}; "
         f"copy by one thread in GB/s: {copies}"
@@ -280,7 +303,7 @@ def roofline(
     shown = [row for row in rows if row["us"] and row["gflops"] and row["gbs"]]
     if not shown:
         raise InputError(f"{path}: nothing was measured that could be drawn")
-    threads = max(row["threads"] for row in shown)
+    threads = max(1, *(row["threads"] for row in shown))  # 0 on a GPU, whose copy counts once
     markers = "osD^vP*Xd<>p8|_x+1234"
     names = list(dict.fromkeys(row["format"] for row in shown))
     with figure(path, columns=2, aspect=0.6, dark=dark) as drawing:
@@ -349,14 +372,20 @@ def _block(results: Path, file: Path, block: re.Match[str]) -> str:
         from hbp_spmv.output import read_rows
 
         path = results / folder / of
+        if not path.exists() and (name == "gpu/claims" or of == "ablation.jsonl"):
+            return []
         if not path.exists():
             raise InputError(
                 f"{file}: table {name!r} needs {path}, which is missing; run 'make bench'"
             )
         return read_rows(path) if of == "rows.jsonl" and table != "sizes" else read_jsonl(path)
 
-    if table == "claims":
-        text = claim_table(rows("rows.jsonl"), rows("reorder.jsonl"))
+    if name == "gpu/claims":
+        from hbp_spmv.gpu_summary import gpu_claims
+
+        text = claim_table(gpu_claims(rows("rows.jsonl"), rows("ablation.jsonl")))
+    elif table == "claims":
+        text = claim_table(claims(rows("rows.jsonl"), rows("reorder.jsonl")))
     elif table == "reorder":
         text = reorder_table(rows("reorder.jsonl"))
     elif table == "sizes":
@@ -364,11 +393,61 @@ def _block(results: Path, file: Path, block: re.Match[str]) -> str:
     elif match := re.fullmatch(r"products-(f32|f64)-(\d+)", table):
         dtype = {"f32": "float32", "f64": "float64"}[match[1]]
         text = product_table(rows("rows.jsonl"), dtype, int(match[2]))
-    else:
+    elif (text := _gpu_table(table, rows)) is None:
         raise InputError(
-            f"{file}: table {name!r}: expected claims, reorder, sizes or products-f64-1"
+            f"{file}: table {name!r}: expected claims, reorder, sizes or products-f64-1; on a GPU "
+            "claims, ablation, fastest, products-f64-hot or graphs-f64-cold"
         )
     return f"<!-- results: {name} -->\n\n{text}\n\n<!-- /results -->"
+
+
+def _gpu_table(table: str, rows: Callable[[str], Sequence[Row]]) -> str | None:
+    """Return a table of a GPU's results, None if there is no table of that name."""
+    match = re.fullmatch(r"(products|graphs)-(f32|f64)-(hot|cold)", table)
+    if match is None and table not in ("ablation", "fastest"):
+        return None
+    from hbp_spmv.gpu_report import ablation_table, best_table, gpu_product_table
+
+    if match is None:
+        return (ablation_table if table == "ablation" else best_table)(rows("ablation.jsonl"))
+    dtype = {"f32": "float32", "f64": "float64"}[match[2]]
+    column = {"products": "us", "graphs": "graph_us"}[match[1]]
+    return gpu_product_table(rows("rows.jsonl"), dtype, cold=match[3] == "cold", column=column)
+
+
+def print_json(value: Any) -> None:
+    """Print one line of JSON."""
+    from tenfold_core.run.rows import plain
+
+    print(json.dumps(plain(value), ensure_ascii=False, allow_nan=False))
+
+
+def print_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print facts by name, one per line, or as one line of JSON."""
+    if as_json:
+        print_json(facts)
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        lines = (
+            value
+            if isinstance(value, list | tuple) and value and isinstance(value[0], str)
+            else [value]
+        )
+        for place, line in enumerate(lines):
+            print(f"{name.replace('_', ' ') if place == 0 else '':<{width}}  {_text(line)}")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(part)}" for name, part in value.items()) or "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return " x ".join(map(_text, value)) or "-"
+    return "-" if value is None else str(value)
 
 
 def _digits(value: float | None) -> str:
