@@ -8,8 +8,6 @@ torch = pytest.importorskip("torch")
 
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from torch import nn  # noqa: E402
-
 from tenfold_core.errors import ConfigError, InputError, TenfoldWarning  # noqa: E402
 from tenfold_core.quant.activations import (  # noqa: E402
     ActQuant,
@@ -18,6 +16,7 @@ from tenfold_core.quant.activations import (  # noqa: E402
     TimestepContext,
 )
 from tenfold_core.quant.affine import dequantize  # noqa: E402
+from torch import nn  # noqa: E402
 
 GRID = (999, 749, 499, 249, 0)
 

@@ -8,8 +8,6 @@ torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from torch import nn  # noqa: E402
-
 from tenfold_core.errors import ConfigError, InputError  # noqa: E402
 from tenfold_core.quant.activations import TimestepContext  # noqa: E402
 from tenfold_core.quant.calibration import InputCollector, Reservoir  # noqa: E402
@@ -22,6 +20,7 @@ from tenfold_core.quant.smoothing import (  # noqa: E402
     smooth_weight,
     weight_channel_max,
 )
+from torch import nn  # noqa: E402
 
 LAYERS = [
     (nn.Linear(6, 4), (5, 6)),
