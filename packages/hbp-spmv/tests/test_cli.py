@@ -115,7 +115,7 @@ except MissingExtraError as error:
     assert found.returncode == 0, found.stderr
     shift, text = found.stdout.splitlines()
     assert shift == "5"
-    assert text.startswith("hbp_spmv.hashing needs numba, which does not work here (Module")
+    assert text.startswith("compiled functions need numba, which does not work here (Module")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -168,8 +168,10 @@ def test_a_sleeping_helper_comes_back_without_the_gil():
     assert waited[0] == 1
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux places threads")
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="only Linux places threads, and only on several cores",
+)
 def test_a_helper_wakes_on_another_core_than_its_caller(a, x, several_workers):
     matrix = from_csr(a, layout="compact", threads=2)
     allowed = os.sched_getaffinity(0)

@@ -81,10 +81,10 @@ def resolve(name: str, *, via: Literal["cupy", "torch"] = "cupy") -> Device:
     if name == "auto":
         return Device("cuda", 0, reason) if count else Device("cpu", reason=f"{via}: {reason}")
     if reason == "not installed":
-        extra = "cuda13] (or [cuda12] for a CUDA 12 driver" if via == "cupy" else "torch]"
-        closing = ")" if via == "cupy" else ""
+        extra = "cuda13" if via == "cupy" else "torch"
+        other = " (or [cuda12] for a CUDA 12 driver)" if via == "cupy" else ""
         raise MissingExtraError(
-            f"device {name!r} needs {via}: pip install 'tenfold-core[{extra}{closing}'"
+            f"device {name!r} needs {via}: pip install 'tenfold-core[{extra}]'{other}"
         )
     if index >= count:
         raise ConfigError(

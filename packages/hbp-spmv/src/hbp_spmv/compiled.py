@@ -26,7 +26,7 @@ def njit(**settings: Any) -> Callable[[Callable[..., Any]], Any]:
             return numba.njit(**settings)(function)
         except (ImportError, OSError, RuntimeError) as error:
             raise MissingExtraError(
-                f"{function.__module__} needs numba, which does not work here "
+                "compiled functions need numba, which does not work here "
                 f"({type(error).__name__}: {error}); install it again: pip install numba"
             ) from error
 

@@ -29,6 +29,11 @@ class Source:
     identity: str
     """What a resumed run must find unchanged: generator and seed, or file name, size, settings."""
 
+    def loaded(self) -> "Source":
+        """Return the source with its matrix read or made now."""
+        a = self.load()
+        return Source(self.name, lambda: a, self.identity)
+
 
 def matrix_sources(
     inputs: Sequence[str], *, suite: str | None = None, seed: int = 0, **reading: Any

@@ -81,7 +81,7 @@ class PaperLayout:
 
     @classmethod
     def from_csr(cls, a: csr_array, config: BuildConfig) -> "PaperLayout":
-        """Build the six arrays from canonical CSR (section 2.4).
+        """Build the six arrays from canonical CSR.
 
         With s bytes a value and C strips the arrays take `nnz * (s + 8) + 8 * rows * C` bytes and 8
         a group; beside them a build needs a byte a block, and its schedule 8 bytes a row. That is

@@ -25,7 +25,7 @@ TICKET_CHUNKS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """The published allocation for R block rows, C strips and P warps (section 2.6)."""
+    """The published allocation for R block rows, C strips and P warps."""
 
     block_rows: int
     strips: int

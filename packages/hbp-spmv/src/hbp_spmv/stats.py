@@ -45,7 +45,7 @@ def describe(stored: Any, layout: str, *, threads: int, build_seconds: float) ->
         lane_efficiency=efficiency,
         std_before=_std_before(stored, layout),
         std_after=after,
-        groups=len(getattr(stored, "group_base", ())),
+        groups=_num_groups(stored, layout),
         heavy_rows=getattr(stored, "heavy_rows", 0),
         strips=_num_strips(stored, layout),
         index_bits=8 * stored.arrays()["col"].dtype.itemsize,
@@ -53,6 +53,12 @@ def describe(stored: Any, layout: str, *, threads: int, build_seconds: float) ->
         threads=threads,
         build_seconds=build_seconds,
     )
+
+
+def _num_groups(stored: Any, layout: str) -> int:
+    if layout == "paper":
+        return len(stored.arrays()["begin_ptr"]) - 1
+    return len(getattr(stored, "group_base", ()))
 
 
 def _num_strips(stored: Any, layout: str) -> int:

@@ -65,12 +65,21 @@ def split_parts(ptr, col, width, place, low, high, rows):
 
 
 @njit(nogil=True, cache=True)
+def _widest(windows):
+    """Return the parts of the largest window; np.diff would take two seconds to compile."""
+    widest = 0
+    for window in range(len(windows) - 1):
+        widest = max(widest, windows[window + 1] - windows[window])
+    return widest
+
+
+@njit(nogil=True, cache=True)
 def count_steps(lengths, windows, lanes, heavy, method, params, classes, descending):
     """Return the sum of the longest rows of all groups; here they run on over a window's end.
 
     The arguments are those of `arrange_windows`, with `lengths` of all rows.
     """
-    widest = np.max(np.diff(windows))
+    widest = _widest(windows)
     light = np.empty(widest, np.int32)
     placed = np.empty(widest, np.int32)
     free = np.empty((2, widest + 1 if method == ORDER_PAPER else 0), np.int32)
@@ -126,7 +135,7 @@ def arrange_windows(
     Returns:
         The number of kept parts.
     """
-    widest = np.max(np.diff(windows)) if len(windows) > 1 else 0
+    widest = _widest(windows)
     lengths = np.empty(widest, np.int32)
     placed = np.empty(widest, np.int32)
     free = np.empty((2, widest + 1 if method == ORDER_PAPER else 0), np.int32)

@@ -36,6 +36,7 @@ from hbp_spmv.kernels.simd import (
 
 __all__ = ["FIELDS", "paper_task"]
 
+NONE = 0xFFFFFFFF  # -1 in the published int32 arrays
 FIELDS = (
     "rows",
     "block_rows",
@@ -66,7 +67,7 @@ FIELDS = (
 
 @njit(nogil=True)
 def _block(plan, x, mid, block_row, strip, size):
-    """Compute the row sums of one block (section 2.5)."""
+    """Compute the row sums of one block, as the published kernel does."""
     literally(size)
     height = load_index(plan, F_HEIGHT, 8)
     lanes = load_index(plan, F_LANES, 8)
@@ -85,11 +86,11 @@ def _block(plan, x, mid, block_row, strip, size):
         row = load_index(load_index(plan, F_OUTPUT_HASH, 8), slots + slot, 4)
         empty = load_index(load_index(plan, F_ZERO_ROW, 8), slots + slot, 4)
         total = float_of_size(0.0, size)
-        if empty != 0xFFFFFFFF:
+        if empty != NONE:
             group = first_group + slot // lanes
             j = load_index(begin_ptr, group, 8) + slot % lanes - empty
             step = 0
-            while step != 0xFFFFFFFF:
+            while step != NONE:
                 j += step
                 value = load_float(data, j, size)
                 total = fma(value, load_float(x, load_index(col, j, 4), size), total)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker pool and the mixed execution allocation of section 2.6 of the method, for CPU threads.
+"""Worker pool and the mixed execution allocation of the paper, for CPU threads.
 
 A product is one or more *phases*; a phase is a list of chunks. Each worker owns a contiguous run of
 chunks (the fixed part: its values stay in its own cache from product to product), the rest lies in
