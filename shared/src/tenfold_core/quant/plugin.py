@@ -18,6 +18,8 @@ from enum import Enum
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor, nn
+
 from tenfold_core.errors import ConfigError, InputError, MissingExtraError
 from tenfold_core.quant.state import (
     check_files,
@@ -26,7 +28,6 @@ from tenfold_core.quant.state import (
     replace_module,
     tied_names,
 )
-from torch import Tensor, nn
 
 try:
     from diffusers.quantizers import auto  # pyrefly: ignore[missing-import]

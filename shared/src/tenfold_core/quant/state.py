@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from tenfold_core.errors import InputError
 from tenfold_core.run.checkpoint import TensorInfo, read_header
-from torch import Tensor, nn
 
 __all__ = [
     "bits_of",
