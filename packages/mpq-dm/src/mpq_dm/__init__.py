@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixed-precision quantization of diffusion models at 2 to 4 bits; names load on first use."""
+
+from importlib import import_module
+from typing import Any
+
+_MODULE_OF = {
+    "MixConfig": "config",
+    "allocate": "allocation",
+    "analyze": "analysis",
+    "find_layers": "roles",
+    "kurtosis": "omq",
+    "load_model": "models",
+}
+
+__all__ = ["__version__", *_MODULE_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    if name == "__version__":
+        return _version()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("mpq-dm")
+    except PackageNotFoundError:  # a source tree on the path, not installed
+        return "0+unknown"
