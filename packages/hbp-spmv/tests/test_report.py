@@ -196,7 +196,7 @@ def test_cost_over_size_as_a_table_with_slopes():
     assert size_slope(rows, "build_ms") == pytest.approx(1)
     lines = size_table(rows).splitlines()
     assert lines[2] == "| cache | csr | 1000 | 0.5 | 500 | 2 | 2 |"
-    assert lines[5] == "| cache | csr | slope |  | 1.00 |  | 2.00 |"
+    assert lines[5] == "| cache | csr | slope |  | 1.00 (pass) |  | 2.00 (miss) |"
 
 
 def test_the_machine_in_one_line():

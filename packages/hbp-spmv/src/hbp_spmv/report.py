@@ -217,10 +217,15 @@ def size_table(rows: Sequence[Row]) -> str:
             ]
             for row in part
         ]  # fmt: skip
-        slopes = [f"{size_slope(part, column):.2f}" for column in ("build_ms", "us")]
+        slopes = [_judged(size_slope(part, column)) for column in ("build_ms", "us")]
         lines.append([tier, layout, "slope", "", slopes[0], "", slopes[1]])
     columns = ["tier", "layout", "nnz", "build ms", "ns a nonzero", "product us", "ns a nonzero"]
     return markdown_table(columns, lines)
+
+
+def _judged(slope: float) -> str:
+    """Return a slope and whether it is 1 within a tenth."""
+    return f"{slope:.2f} ({'pass' if abs(slope - 1) <= 0.1 else 'miss'})"
 
 
 def print_metrics(metrics: Mapping[str, tuple[float | None, str, str | None]]) -> None:
