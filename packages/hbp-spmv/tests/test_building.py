@@ -31,7 +31,7 @@ def test_the_variable_of_openmp_lowers_the_default(eight_cores, monkeypatch, tex
     monkeypatch.setenv("OMP_NUM_THREADS", text)
     assert default_threads() == threads
     assert workers_for(None, 1 << 30) == threads
-    assert bench.BenchConfig().cases == [("float64", threads)]
+    assert bench.BenchConfig().cases == [("float64", threads, False)]
 
 
 def test_an_argument_is_stronger_than_the_variable(eight_cores, monkeypatch, several_workers):

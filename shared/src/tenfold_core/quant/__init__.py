@@ -11,8 +11,8 @@ from typing import Any
 _NAMES = {
     "activations": ("ActQuant", "DynamicTokenQuant", "StepwiseActQuant", "TimestepContext"),
     "affine": (
-        "LearnableAffine", "check_finite", "dequantize", "fake_quant", "max_code", "quantize",
-        "round_ste", "storable",
+        "LearnableAffine", "check_finite", "clamp_codes", "dequantize", "fake_quant", "max_code",
+        "quantize", "round_ste", "storable",
     ),
     "calibration": ("InputCollector", "Reservoir"),
     "integer": ("IntWeight", "int_conv1d", "int_conv2d", "int_linear"),

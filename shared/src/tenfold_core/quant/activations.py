@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tenfold_core.errors import ConfigError, InputError, TenfoldWarning
-from tenfold_core.quant.affine import fake_quant, quantize, round_ste
+from tenfold_core.quant.affine import clamp_codes, fake_quant, quantize, round_ste
 
 __all__ = ["ActQuant", "DynamicTokenQuant", "StepwiseActQuant", "TimestepContext"]
 
@@ -245,7 +245,7 @@ class StepwiseActQuant(ActQuant):
     def params(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return scale and zero point of the current step, ``(batch or 1, 1, ...)``."""
         scale = self.context.interpolate(self.initial * torch.exp(self.rho), log=True)
-        zero = round_ste(self.context.interpolate(self.offset)).clamp(0, self.qmax)
+        zero = clamp_codes(round_ste(self.context.interpolate(self.offset)), self.qmax)
         return self._per_sample(scale, x), self._per_sample(zero, x)
 
     @staticmethod

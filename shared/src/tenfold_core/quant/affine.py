@@ -22,6 +22,7 @@ from tenfold_core.errors import ConfigError, InputError
 __all__ = [
     "LearnableAffine",
     "check_finite",
+    "clamp_codes",
     "dequantize",
     "fake_quant",
     "max_code",
@@ -131,14 +132,24 @@ def dequantize(
 
 
 def _codes(x: Tensor, scale: Tensor, zero: Tensor, qmax: int | Tensor) -> Tensor:
-    return _clamp(round_ste(x / scale + zero), qmax)
+    return clamp_codes(round_ste(x / scale + zero), qmax)
 
 
-def _clamp(codes: Tensor, qmax: int | Tensor) -> Tensor:
-    # torch.minimum would halve the gradient of values that lie exactly on the largest code.
+def clamp_codes(
+    codes: Float[Tensor, "*shape"], qmax: int | Float[Tensor, "..."]
+) -> Float[Tensor, "*shape"]:
+    """Return ``clamp(codes, 0, qmax)`` whose gradient is 1 on the end codes, too.
+
+    ``torch.clamp`` gives 1 or 0 there, depending on the release, and ``torch.minimum`` a half.
+
+    Shapes: ``qmax`` broadcasts to the shape of ``codes``.
+    """
+    fixed = codes.detach()
     if isinstance(qmax, Tensor):
-        return torch.clamp(codes, codes.new_zeros(()), qmax.to(codes.dtype))
-    return torch.clamp(codes, 0, qmax)
+        bound = torch.clamp(fixed, fixed.new_zeros(()), qmax.to(codes.dtype))
+    else:
+        bound = torch.clamp(fixed, 0, qmax)
+    return torch.where(fixed == bound, codes, bound)
 
 
 def check_finite(x: Float[Tensor, "..."], name: str) -> None:
@@ -258,7 +269,7 @@ class LearnableAffine(nn.Module):
     @property
     def zero(self) -> Float[Tensor, "..."]:
         """The current zero point; one of the codes if it is an integer."""
-        return _clamp(round_ste(self.offset), self.qmax) if self.integer_zero else self.offset
+        return clamp_codes(round_ste(self.offset), self.qmax) if self.integer_zero else self.offset
 
     def codes(self, x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
         """Return the codes of ``x`` at the current scale and zero point."""

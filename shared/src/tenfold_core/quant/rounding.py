@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from tenfold_core.errors import ConfigError
-from tenfold_core.quant.affine import check_finite
+from tenfold_core.quant.affine import check_finite, clamp_codes
 
 __all__ = ["GAMMA", "ZETA", "AdaRound", "rectified_sigmoid"]
 
@@ -88,4 +88,4 @@ class AdaRound(nn.Module):
         return (1 - (2 * self.offsets() - 1).abs().pow(beta)).sum()
 
     def _clamp(self, codes: Tensor) -> Tensor:
-        return torch.clamp(codes, codes.new_zeros(()), self.qmax)
+        return clamp_codes(codes, self.qmax)
