@@ -159,6 +159,17 @@ def test_cold_products_are_timed_one_by_one(monkeypatch):
     assert {row["copy_gbs"] for row in rows} == {10}  # the default calibration beyond the caches
 
 
+def test_an_earlier_result_is_not_replaced_without_a_word(tmp_path):
+    source = Source("m", lambda: stencil5(6), "m")
+    config = BenchConfig(formats=("hbp-csr",), threads=(1,), protocol=QUICK)
+    said = []
+    for _ in range(2):
+        run([source], config, out=tmp_path / "out", say=said.append)
+    replaced = [text for text in said if "an earlier result is replaced" in text]
+    assert len(replaced) == 1
+    assert len(read_rows(tmp_path / "out" / "rows.jsonl")) == 2  # SciPy is always measured, too
+
+
 def test_compilation_is_no_part_of_a_build(monkeypatch):
     clock = [0.0]
     costs = iter([15.0, 0.25, *[0.0] * 1000])  # the first build compiles

@@ -227,6 +227,8 @@ def run(
             if resume:
                 result.rows, result.reorderings = output.resume(formats)
                 say(f"resumed with {len(result.rows)} rows")
+            elif output.rows_path.exists():
+                say(f"{output.rows_path}: an earlier result is replaced; --resume continues one")
         _measure(sources, config, formats, place, result, output, say, on_case)
         result.metrics = record_metrics(result.rows, result.reorderings)
         if output is not None:
