@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 from hbp_spmv import cuda, cuda_selection, from_csr, verify
 from hbp_spmv.config import BuildConfig
-from hbp_spmv.cuda_selection import DeviceCalibration, candidates, device_features, predict
+from hbp_spmv.cuda_selection import DeviceCalibration, candidates, plain_features, predict
 from tenfold_core.device import cupy_or_none
 from tenfold_core.errors import ConfigError, InputError, MissingExtraError
 from tenfold_core.sparse.gpu import cuda_runtime
@@ -211,7 +211,7 @@ def test_a_calibration_is_measured_once(runtime):
 
 
 def test_predictions_follow_bytes_and_occupancy(a, calibration):
-    f = device_features(a)
+    f = plain_features(a)
     big = replace(f, rows=10**7, columns=10**6, nnz=6 * 10**7)
     names = ("csr", "cusparse", "compact")
     small, large = (predict(g, calibration, names) for g in (f, big))

@@ -20,14 +20,13 @@ from tenfold_core.sparse.gpu import Runtime, cuda_runtime
 from hbp_spmv.config import BuildConfig, as_int
 from hbp_spmv.device_layouts import CsrOnDevice, OnDevice, Source, store
 from hbp_spmv.grouped import DeviceCSR
-from hbp_spmv.selection import Features, Plan, describe
+from hbp_spmv.selection import Features, Plan, describe, plain_features
 
 __all__ = [
     "DeviceCalibration",
     "calibrate_device",
     "candidates",
     "choose",
-    "device_features",
     "predict",
     "select_on",
 ]
@@ -42,8 +41,6 @@ BUILD_PRODUCTS = 30
 STRIP_BYTES = 128 << 10
 """Bytes of x that the strip kernel keeps in shared memory."""
 STEPS_IN_FLIGHT = 4
-FAR = 512
-"""Columns between neighbours in a row from which x is read from another place."""
 NEAR = 0.5
 """Share of far steps between neighbouring columns below which groups fit 16-bit offsets, about."""
 OCCUPANCY = 0.7
@@ -125,27 +122,6 @@ def candidates(a: csr_array, config: BuildConfig, runtime: Runtime) -> dict[str,
         width = min(STRIP_BYTES, runtime.shared_bytes) // size
         found["compact-strips"] = replace(config, layout="compact", strips=width)
     return found
-
-
-def device_features(a: csr_array) -> Features:
-    """Describe a canonical CSR matrix by array operations alone: a GPU host may lack numba."""
-    rows, columns = a.shape
-    lengths = np.diff(a.indptr)
-    mean = a.nnz / max(rows, 1)
-    steps = a.indices[: 1 << 18].astype(np.int64)
-    far = np.abs(np.diff(steps)) > FAR if steps.size > 1 else np.zeros(1)
-    return Features(
-        rows=rows,
-        columns=columns,
-        nnz=a.nnz,
-        mean=mean,
-        cv=float(lengths.std() / mean) if a.nnz else 0.0,
-        switches=float((lengths[1:] != lengths[:-1]).mean()) if rows > 1 else 0.0,
-        slots=float(a.nnz),
-        scatter=float(far.mean()),
-        wide=columns > 1 << 16,
-        uniform=a.nnz > 1 and bool((a.data == a.data[0]).all()),
-    )
 
 
 def _vendor_reason(runtime: Runtime) -> str | None:
@@ -233,7 +209,7 @@ def choose(
     """
     as_int("n_products", n_products)
     a = source.host
-    f = device_features(a)
+    f = plain_features(a)
     options = candidates(a, config, runtime)
     calibration = calibrate_device(runtime)
     size = a.dtype.itemsize

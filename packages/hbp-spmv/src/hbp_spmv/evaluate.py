@@ -294,6 +294,26 @@ class Subject:
         return rows
 
 
+def timed_build(
+    build: Callable[[], Any], wait: Callable[[], Any] = lambda: None
+) -> tuple[Any, float]:
+    """Return what is built and the median seconds of a build; the first, which compiles, is none.
+
+    Args:
+        build: builds once.
+        wait: returns when a device has finished.
+    """
+    seconds: list[float] = []
+    built: Any = None
+    while len(seconds) < 2 or (len(seconds) <= _BUILDS and sum(seconds[1:]) < _BUILD_BUDGET_S):
+        built = None  # two of them at once may not fit
+        started = time.perf_counter()
+        built = build()
+        wait()
+        seconds.append(time.perf_counter() - started)
+    return built, float(np.median(seconds[1:]))
+
+
 class _Task:
     """One matrix in one type."""
 
@@ -324,15 +344,7 @@ class _Task:
         return candidates, errors, turns
 
     def _candidate(self, name: str, threads: int) -> Candidate:
-        build = self._builder(name, threads)
-        seconds: list[float] = []
-        operator: Any = None
-        # The first build also compiles and imports, and never counts.
-        while len(seconds) < 2 or (len(seconds) <= _BUILDS and sum(seconds[1:]) < _BUILD_BUDGET_S):
-            operator = None
-            started = time.perf_counter()
-            operator = build()
-            seconds.append(time.perf_counter() - started)
+        operator, build_s = timed_build(self._builder(name, threads))
         call = self._call(operator)
         y = np.asarray(call())
         worst, row = error_over_bound(y, self.reference, self.x, exact=self.exact)
@@ -342,7 +354,7 @@ class _Task:
             nbytes=operator.nbytes,
             call=call,
             layout=operator.layout if name in HBP_FORMATS else None,
-            build_s=float(np.median(seconds[1:])),
+            build_s=build_s,
             error_over_bound=worst,
             samples=[],
         )

@@ -7,7 +7,6 @@ buffer of twice the second-level cache is rewritten before each product; in a gr
 too, and the time of a graph of rewriting alone is subtracted. A build begins with CSR on the host.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -39,6 +38,7 @@ from hbp_spmv.evaluate import (
     error_text,
     figures,
     pick_formats,
+    timed_build,
 )
 from hbp_spmv.gpu_baselines import GPU_BASELINES
 from hbp_spmv.gpu_timing import flusher, graph_seconds, synchronizer
@@ -71,7 +71,6 @@ LONGEST_CAPTURED_S = 0.005
 """A product above that is not captured: a launch is below 0.2 % of it."""
 EXACT_NNZ = 4_000_000
 """Nonzeros up to which the product to compare with is rounded exactly."""
-_LONG_BUILD_S, _BUILDS, _BUILD_BUDGET_S = 5.0, 3, 0.1
 
 Call = Callable[[], Any]
 
@@ -220,19 +219,8 @@ class _DeviceTask:
                 _free(runtime)
 
     def _add(self, name: str) -> None:
-        make = self._builder(name)
         wait = synchronizer(self.runtime)
-        seconds: list[float] = []
-        operator: Any = None
-        # The first build also compiles; it counts only if it is too long to repeat.
-        while len(seconds) < 2 or (len(seconds) <= _BUILDS and sum(seconds[1:]) < _BUILD_BUDGET_S):
-            operator = None
-            started = time.perf_counter()
-            operator = make()
-            wait()
-            seconds.append(time.perf_counter() - started)
-            if seconds[0] > _LONG_BUILD_S:
-                break
+        operator, build_s = timed_build(self._builder(name), wait)
         xp = self.runtime.xp
         y = xp.full(self.a.shape[0], np.nan, self.a.dtype)  # a row that nobody writes must show
         if isinstance(operator, CudaMatrix):
@@ -248,7 +236,7 @@ class _DeviceTask:
         self.launches[name] = launch
         self.candidates[name] = Candidate(
             nbytes=operator.nbytes, call=call, layout=layout,
-            build_s=float(np.median(seconds[1:] or seconds)), error_over_bound=worst, samples=[],
+            build_s=build_s, error_over_bound=worst, samples=[],
         )  # fmt: skip
 
     def _builder(self, name: str) -> Callable[[], Any]:

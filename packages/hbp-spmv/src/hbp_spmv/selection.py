@@ -18,13 +18,24 @@ from tenfold_core.device import cpu_info, resolve
 from hbp_spmv.calibration import PREDICTED_ROWS, Calibration, load_calibration
 from hbp_spmv.config import WINDOW_SPAN, BuildConfig, as_int
 
-__all__ = ["Features", "Plan", "choose", "describe", "features", "predict", "select"]
+__all__ = [
+    "Features",
+    "Plan",
+    "choose",
+    "describe",
+    "features",
+    "plain_features",
+    "predict",
+    "select",
+]
 
 BUILD_PRODUCTS = 30
 """A compact build costs about this many of its products on one thread (16 to 32 measured). The
 build itself is not timed for the decision: a process's first one also loads its kernels."""
 CLOSE = 1.6
 """Candidates predicted within this factor of the best are timed."""
+FAR = 512
+"""Columns between neighbours in a row from which x is read from another place."""
 TIMED_PRODUCTS = 200
 """Planned products from which timing pays."""
 TIMING_BUDGET_S = 0.05
@@ -69,37 +80,43 @@ class Plan:
     reasons: tuple[str, ...]
 
 
-def features(a: csr_array, lanes: int = 16) -> Features:
-    """Describe a canonical CSR matrix."""
-    from hbp_spmv.hashing import heavy_limit, length_classes, place_classes, quality
+def plain_features(a: csr_array) -> Features:
+    """Describe a canonical CSR matrix by array operations alone: a GPU host may lack numba.
 
+    `slots` is the number of nonzeros, as if groups were perfect.
+    """
     rows, columns = a.shape
     lengths = np.diff(a.indptr)
     mean = a.nnz / max(rows, 1)
-    heavy = heavy_limit(rows, a.nnz)
-    sample = _sample_rows(lengths)
-    slots = 1.0
-    light = np.where(sample > heavy, 0, sample).astype(np.int64)
-    if light.any():
-        order = np.empty(len(light), np.int64)
-        place_classes(light, length_classes(light), True, order, np.empty(40, np.int64))
-        maxima, _, _ = quality(light, order, lanes)
-        slots = (maxima * lanes + int((sample - light).sum())) / max(int(sample.sum()), 1)
     steps = np.diff(a.indices[: 1 << 18])
-    far = np.abs(steps, out=steps) > 512 if steps.size else np.zeros(1)
-    switches = float((lengths[1:] != lengths[:-1]).mean()) if rows > 1 else 0.0
+    far = np.abs(steps, out=steps) > FAR if steps.size else np.zeros(1)
     return Features(
         rows=rows,
         columns=columns,
         nnz=a.nnz,
         mean=mean,
         cv=float(lengths.std() / mean) if a.nnz else 0.0,
-        switches=switches,
-        slots=slots * a.nnz,
+        switches=float((lengths[1:] != lengths[:-1]).mean()) if rows > 1 else 0.0,
+        slots=float(a.nnz),
         scatter=float(far.mean()),
         wide=columns > WINDOW_SPAN,
         uniform=a.nnz > 1 and bool((a.data == a.data[0]).all()),
     )
+
+
+def features(a: csr_array, lanes: int = 16) -> Features:
+    """Describe a canonical CSR matrix, its groups after reordering included."""
+    from hbp_spmv.hashing import heavy_limit, length_classes, place_classes, quality
+
+    sample = _sample_rows(np.diff(a.indptr))
+    slots = 1.0
+    light = np.where(sample > heavy_limit(a.shape[0], a.nnz), 0, sample).astype(np.int64)
+    if light.any():
+        order = np.empty(len(light), np.int64)
+        place_classes(light, length_classes(light), True, order, np.empty(40, np.int64))
+        maxima, _, _ = quality(light, order, lanes)
+        slots = (maxima * lanes + int((sample - light).sum())) / max(int(sample.sum()), 1)
+    return replace(plain_features(a), slots=slots * a.nnz)
 
 
 def _sample_rows(lengths: np.ndarray, window: int = 2048, count: int = 16) -> np.ndarray:
