@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mpq_dm.operators import CONVOLUTIONS, LINEAR, TRANSPOSED, to_rows
+
 __all__ = ["ROLES", "Layer", "find_layers", "weight_rows"]
 
 ROLES = ("input", "time", "body", "skip", "output")
 
-_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _INPUT = ("conv_in", "pos_embed", "patch_embed", "x_embedder")
 _OUTPUT = ("conv_out", "proj_out", "proj_out_1", "proj_out_2")
 _TIME_CLASSES = (
@@ -53,12 +53,7 @@ class Layer:
 def weight_rows(module: nn.Module) -> Float[Tensor, "rows columns"]:
     """Return the weight with one row per output channel; a transposed convolution is turned."""
     weight: Tensor = module.weight  # type: ignore[assignment]
-    if isinstance(module, _TRANSPOSED):
-        # (in, out / groups, taps...): output channel g * out/groups + o takes the inputs of group g
-        groups = module.groups
-        parts = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-        weight = parts.transpose(1, 2).flatten(0, 1)
-    return weight.flatten(1)
+    return to_rows(module, weight).flatten(1)
 
 
 def find_layers(model: nn.Module) -> tuple[list[Layer], list[str]]:
@@ -72,7 +67,7 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], list[str]]:
     seen: dict[int, str] = {}
     for name, module, ancestors in _walk(model):
         weight = getattr(module, "weight", None)
-        if isinstance(module, (*_PLAIN, *_TRANSPOSED)):
+        if isinstance(module, (*LINEAR, *CONVOLUTIONS, *TRANSPOSED)):
             rows = weight_rows(module)
             tied = seen.setdefault(id(weight), name)
             role = _role(name, ancestors)
