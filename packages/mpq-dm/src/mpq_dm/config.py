@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of a mixture of bits, shared by API, command line and records."""
+"""The settings of a quantization, shared by API, command line and records."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from tenfold_core.errors import ConfigError
 
-__all__ = ["ALLOCATIONS", "MixConfig"]
+__all__ = ["ALLOCATIONS", "METHODS", "MPQDMConfig", "MixConfig", "method_config"]
 
-ALLOCATIONS = ("uniform", "kurtosis", "exact", "exact-layers")
+ALLOCATIONS = ("uniform", "kurtosis", "exact", "exact-layers", "hawq")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixConfig:
-    """How many bits the rows of the body get; `PAPER` holds the published settings."""
+    """How many bits the rows of the body get; see `MPQDMConfig` for the rest."""
 
     weight_bits: int = 2
     """N, the average bits of a weight in the body of the network."""
     allocation: str = "kurtosis"
-    """uniform, kurtosis (the paper), exact (per layer) or exact-layers (one budget for all)."""
+    """uniform, kurtosis (the paper), exact (per layer), exact-layers (one budget for all), or hawq
+    (whole layers, by the trace of the Hessian)."""
     omq_range: str = "paper"
     """Groups that may move: paper (all), or official (the published program: at most one)."""
     plus: float = 0.0
@@ -54,5 +56,150 @@ class MixConfig:
         return (self.weight_bits - 1, self.weight_bits, self.weight_bits + 1)
 
 
-PAPER = MixConfig()
-"""Kurtosis, the full range of groups, 2 bits."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MPQDMConfig(MixConfig):
+    """All settings of `quantize`; the defaults are the paper's for LDM-4 on ImageNet at W2A6."""
+
+    act_bits: int = 6
+    """Bits of the body's inputs."""
+    steps: int = 20
+    """Sampling steps of the sampler that will be used."""
+    eta: float = 0.0
+    """Noise of a DDIM sampler, 0 for none."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance; 1 for none."""
+    batch_size: int = 4
+    """Images sampled together."""
+    seed: int = 3407
+    """Seed of noises, conditions, calibration and LoRA."""
+
+    calib_samples: int = 32
+    """Images whose sampling gives the calibration inputs."""
+    calib_bytes: int = 2 << 30
+    """Memory for calibration inputs; the sampler runs again where it does not hold all layers."""
+    smooth_alpha: float = 0.5
+    """How much of the inputs' size pre-scaling moves into the weights, 0 (off) to 1."""
+    scale_method: str = "mse"
+    """First scales of weights and inputs: mse (shrunk range of least error) or minmax."""
+    act_init: str = "step"
+    """First scales of inputs: step (each sampling step its own) or pooled (all steps one)."""
+    rounding: str = "nearest"
+    """nearest, or adaround: learned block by block from the calibration inputs."""
+    cache_temb: bool = False
+    """Replace the embedding of the timestep by a table of its values at the sampling steps."""
+    omq_scale_method: str | None = None
+    """Scales within the search for bits; by default `scale_method`."""
+    omq_acts: bool = True
+    """Quantize the inputs within the search for bits."""
+
+    trajectories: int = 800
+    """Trajectories of fine-tuning, each of all sampling steps; 0 for none."""
+    rank: int = 32
+    """Largest rank of the change of a weight."""
+    lora_init: str = "zero"
+    """zero, or svd-residual: start from what rounding loses."""
+    lora_lr: float = 1 / 2500
+    """Learning rate of LoRA, in multiples of the layer's mean scale."""
+    weight_lr: float = 1e-6
+    """Learning rate of the weights' scales and zero points."""
+    act_lr: float = 5e-4
+    """Learning rate of the inputs' scales (relative) and zero points."""
+    scale_decay: float = 0.0
+    """Weight decay of scales and zero points."""
+    lora_decay: float = 0.01
+    """Weight decay of LoRA."""
+    save_every: int = 10
+    """Trajectories between two checkpoints of fine-tuning."""
+
+    trd_weight: float = 100.0
+    """Factor of the relation loss; 0 for none."""
+    trd_window: int = 2
+    """Sampling steps whose features are averaged."""
+    trd_tau: float = 1.0
+    """Temperature of the relations."""
+    trd_grad: str = "last"
+    """last (the current step's feature has a gradient), or none (the published program)."""
+    trd_rows: int | None = None
+    """Positions drawn for the relation loss; by default all, in blocks."""
+
+    def __post_init__(self) -> None:
+        # not super(): a dataclass with slots is made anew, and super() would still name the old one
+        MixConfig.__post_init__(self)
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                expected = ", ".join(str(value) for value in allowed)
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ConfigError(f"{name} is {value}, expected {least} to {most}")
+
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "scale_method": ("mse", "minmax"),
+    "omq_scale_method": (None, "mse", "minmax"),
+    "act_init": ("step", "pooled"),
+    "rounding": ("nearest", "adaround"),
+    "lora_init": ("zero", "svd-residual"),
+    "trd_grad": ("last", "none"),
+}
+_RANGES: dict[str, tuple[float, float]] = {
+    "act_bits": (1, 8),
+    "steps": (1, 10_000),
+    "eta": (0, 1),
+    "guidance": (0, 1000),
+    "batch_size": (1, 1 << 20),
+    "seed": (0, 2**63 - 1),
+    "calib_samples": (1, 1 << 30),
+    "calib_bytes": (1, 1 << 50),
+    "smooth_alpha": (0, 1),
+    "trajectories": (0, 1 << 40),
+    "rank": (1, 1 << 16),
+    "lora_lr": (0, 1e6),
+    "weight_lr": (0, 1e6),
+    "act_lr": (0, 1e6),
+    "scale_decay": (0, 1e6),
+    "lora_decay": (0, 1e6),
+    "save_every": (1, 1 << 40),
+    "trd_weight": (0, 1e12),
+    "trd_window": (1, 10_000),
+    "trd_tau": (1e-6, 1e6),
+    "trd_rows": (1, 1 << 40),
+}
+
+_PTQ = {"allocation": "uniform", "trajectories": 0, "trd_weight": 0.0}
+_ROUNDING = _PTQ | {"act_init": "pooled"}
+METHODS: dict[str, dict[str, Any]] = {
+    "rtn-minmax": _ROUNDING | {"scale_method": "minmax", "smooth_alpha": 0.0},
+    "rtn-mse": _ROUNDING | {"smooth_alpha": 0.0},
+    "smooth-mse": _ROUNDING,
+    "stepwise-mse": _PTQ,
+    "adaround": _PTQ | {"rounding": "adaround"},
+    "hawq": _PTQ | {"allocation": "hawq"},
+    "ptqd": _PTQ,
+    "tfmq": _PTQ | {"cache_temb": True},
+    "efficientdm": {"allocation": "uniform", "trd_weight": 0.0},
+    "efficientdm-omq": {"trd_weight": 0.0},
+    "mpq-dm": {},
+    "mpq-dm-exact": {"allocation": "exact"},
+    "mpq-dm-official": {
+        "omq_range": "official", "omq_scale_method": "minmax", "omq_acts": False,
+        "act_init": "pooled", "scale_decay": 0.01, "trd_grad": "none", "skip_bits": 32,
+    },
+}  # fmt: skip
+"""What a method sets beside the defaults: the paper's baselines, its own, and its program's."""
+
+
+def method_config(method: str, **settings: Any) -> MPQDMConfig:
+    """Return the settings of a method; `settings` go before what the method sets.
+
+    Raises:
+        ConfigError: no such method or setting, or a value out of its range.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method is {method!r}, expected {', '.join(METHODS)}")
+    known = {item.name for item in fields(MPQDMConfig)}
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"no setting {name!r}, expected one of {', '.join(sorted(known))}")
+    return MPQDMConfig(**METHODS[method] | settings)
