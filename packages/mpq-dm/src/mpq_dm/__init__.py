@@ -4,16 +4,21 @@
 from importlib import import_module
 from typing import Any
 
+from mpq_dm.registration import register_with_diffusers
+
 _MODULE_OF = {
     "MixConfig": "config",
     "allocate": "allocation",
     "analyze": "analysis",
     "find_layers": "roles",
     "kurtosis": "omq",
+    "load": "plugin",
     "load_model": "models",
 }
 
 __all__ = ["__version__", *_MODULE_OF]
+
+register_with_diffusers()
 
 
 def __getattr__(name: str) -> Any:
