@@ -180,10 +180,10 @@ def pack(
     from mpq_dm.plugin import attach_packed
 
     finished = {}
-    for name, layer in layers.items():
-        plan, codes = layer.finish()
-        finished[name] = (plan, codes, _rounded(layer, plan))
-        replace_module(student, name, layer.module)
+    for name, trained in layers.items():
+        plan, codes = trained.finish()
+        finished[name] = (plan, codes, _rounded(trained, plan))
+        replace_module(student, name, trained.module)
     for hooks in (student._forward_pre_hooks, student._forward_pre_hooks_with_kwargs):
         hooks.clear()  # the student's own context; the packed model gets another
     scheduler = getattr(sampler, "scheduler", None) or getattr(
@@ -200,8 +200,8 @@ def pack(
         halves=found.halves,
     )
     for name, (_, _, expected) in finished.items():
-        weight: Any = student.get_submodule(name).weight
-        if not torch.equal(weight.float(), expected):
+        layer: Any = student.get_submodule(name)
+        if not torch.equal(layer.quantized_rows(), expected):
             raise RuntimeError(f"layer {name!r}: the packed weight is not the rounded one")
     return student
 
