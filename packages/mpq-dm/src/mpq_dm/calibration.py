@@ -109,7 +109,7 @@ def calibrate(
             collector.drop(name)
             done += 1
             tell("layers", done, len(layers))
-    _finish(layers, drafts, config, result)
+    _finish(layers, drafts, config, result, _traces(model, sampler, layers, config, tell))
     return result
 
 
@@ -364,14 +364,31 @@ def _row_errors(
     return errors, energy
 
 
+def _traces(
+    model: nn.Module,
+    sampler: Sampler,
+    layers: Mapping[str, Layer],
+    config: MPQDMConfig,
+    tell: Progress,
+) -> dict[str, float]:
+    """Return the trace of the Hessian of the body's layers, if the allocation asks for it."""
+    if config.allocation != "hawq" or len(config.choices) == 1:
+        return {}
+    from mpq_dm.hawq import hessian_traces
+
+    body = {name: layer.module for name, layer in layers.items() if layer.role == "body"}
+    return hessian_traces(model, sampler, body, config, tell)
+
+
 def _finish(
     layers: Mapping[str, Layer],
     drafts: Mapping[str, _Draft],
     config: MPQDMConfig,
     result: Calibration,
+    traces: Mapping[str, float],
 ) -> None:
     """Allocate the bits and find the weights' scales."""
-    bits = _allocate(layers, drafts, config)
+    bits = _allocate(layers, drafts, config, traces)
     for name, draft in drafts.items():
         role = layers[name].role
         flat = draft.rows.flatten(1)
@@ -393,10 +410,21 @@ def _finish(
 
 
 def _allocate(
-    layers: Mapping[str, Layer], drafts: Mapping[str, _Draft], config: MPQDMConfig
+    layers: Mapping[str, Layer],
+    drafts: Mapping[str, _Draft],
+    config: MPQDMConfig,
+    traces: Mapping[str, float],
 ) -> dict[str, Tensor]:
     """Return the bits of the rows of the body's layers."""
     body = {name: draft for name, draft in drafts.items() if layers[name].role == "body"}
+    if traces:
+        from mpq_dm.hawq import whole_layers
+
+        parts = [
+            (draft.rows, draft.smooth, getattr(layers[name].module, "groups", 1), traces[name])
+            for name, draft in body.items()
+        ]
+        return dict(zip(body, whole_layers(parts, config), strict=True))
     tables = []
     for draft in body.values():
         if draft.errors is None:
