@@ -59,3 +59,66 @@ def make(unet, scheduler):
         return config, sampler, called_timesteps(unet, sampler)
 
     return build
+
+
+@pytest.fixture
+def plan_of():
+    """Plan a module by min and max: plan_of(module, steps, bits=2) -> plan, codes."""
+    return round_by_range
+
+
+@pytest.fixture
+def pack():
+    """Pack all layers of a model by min and max: pack(model, timesteps)."""
+    return pack_by_range
+
+
+def round_by_range(
+    module, steps, *, role="body", bits=(1, 2, 3), act_bits=6, act_range=4.0, smooth=True, seed=0
+):
+    """Return a plan that rounds between the least and largest weight of a row, and the codes."""
+    import torch
+    from mpq_dm.operators import to_rows
+    from mpq_dm.plan import LayerPlan
+    from tenfold_core.quant.affine import max_code, quantize, storable
+    from tenfold_core.quant.smoothing import smooth_weight
+
+    generator = torch.Generator().manual_seed(seed)
+    groups = getattr(module, "groups", 1)
+    rows = to_rows(module, module.weight.detach()).float()
+    divisor = (0.5 + torch.rand(rows.shape[1] * groups, generator=generator)).half().float()
+    scaled = smooth_weight(rows, divisor, groups=groups) if smooth else rows
+    widths = torch.as_tensor(bits).reshape(-1)
+    widths = widths.repeat(-(-len(rows) // len(widths)))[: len(rows)]
+    flat, most = scaled.flatten(1), max_code(widths)
+    low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
+    step = ((high - low) / most).clamp(min=1e-6)
+    scale, zero = storable(step, -low / step)
+    act_scale = 2 * act_range / 2**act_bits * (0.8 + 0.4 * torch.rand(steps, generator=generator))
+    middle = 2 ** (act_bits - 1)
+    plan = LayerPlan(
+        role=role, bits=widths, scale=scale, zero=zero, smooth=divisor if smooth else None,
+        act_bits=act_bits, act_scale=act_scale,
+        act_zero=torch.randint(middle - 2, middle + 2, (steps,), generator=generator).float(),
+    )  # fmt: skip
+    return plan, quantize(flat, scale, zero, most).view_as(rows)
+
+
+def pack_by_range(model, timesteps, **settings):
+    """Pack every layer of a model, in place: 1 to 3 bits in the body, 8 elsewhere."""
+    from mpq_dm.plugin import attach_packed
+    from mpq_dm.roles import find_layers
+
+    halves = settings.pop("halves", ())
+    plans = {}
+    for number, layer in enumerate(find_layers(model)[0]):
+        if layer.name not in halves and layer.tied_to is None:
+            bits = (1, 2, 3) if layer.role == "body" else 8
+            plans[layer.name] = round_by_range(
+                layer.module, len(timesteps), role=layer.role, bits=bits, seed=number,
+                smooth=number % 3 > 0,
+            )  # fmt: skip
+    attach_packed(
+        model, plans, timesteps=timesteps, weight_bits=2, act_bits=6, halves=halves, **settings
+    )
+    return model

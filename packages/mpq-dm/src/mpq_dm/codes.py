@@ -6,20 +6,7 @@ from jaxtyping import Float, UInt8
 from tenfold_core.errors import InputError
 from torch import Tensor
 
-__all__ = ["Scratch", "activation_codes", "per_sample", "unpack_bits"]
-
-
-class Scratch:
-    """Memory for the codes of one layer at a time, shared by all layers of a model."""
-
-    def __init__(self) -> None:
-        self.buffer: Tensor | None = None
-
-    def take(self, size: int, device: torch.device) -> UInt8[Tensor, " size"]:
-        """Return the first bytes of the buffer, which grows if it must."""
-        if self.buffer is None or len(self.buffer) < size or self.buffer.device != device:
-            self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
-        return self.buffer[:size]
+__all__ = ["activation_codes", "per_sample", "unpack_bits"]
 
 
 def activation_codes(
@@ -65,19 +52,20 @@ def per_sample(value: Float[Tensor, " steps"], x: Float[Tensor, "..."]) -> Float
 
 
 def unpack_bits(
-    data: UInt8[Tensor, "rows size"], bits: int, out: UInt8[Tensor, "rows columns"]
+    data: UInt8[Tensor, "rows size"], bits: int, columns: int
 ) -> UInt8[Tensor, "rows columns"]:
-    """Write the codes of row streams into `out` and return it.
+    """Return the codes of row streams, `columns` of each.
 
     Code k begins at bit k * bits. Eight codes take `bits` whole bytes, so each of the eight is a
     strided slice of the bytes.
     """
-    for lane in range(min(8, out.shape[1])):
+    codes = data.new_empty(data.shape[0], columns)
+    for lane in range(min(8, columns)):
         byte, shift = divmod(lane * bits, 8)
-        target = out[:, lane::8]
+        target = codes[:, lane::8]
         count = target.shape[1]
         value = data[:, byte::bits][:, :count] >> shift
         if shift + bits > 8:
             value = value | (data[:, byte + 1 :: bits][:, :count] << (8 - shift))
         target.copy_(value & (2**bits - 1))
-    return out
+    return codes

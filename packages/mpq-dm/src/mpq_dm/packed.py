@@ -26,7 +26,7 @@ from tenfold_core.quant.smoothing import activation_multiplier, smooth_weight
 from tenfold_core.quant.state import bits_of, float_of
 from torch import Tensor, nn
 
-from mpq_dm.codes import Scratch, activation_codes, per_sample, unpack_bits
+from mpq_dm.codes import activation_codes, per_sample, unpack_bits
 from mpq_dm.entry import HALF, LayerEntry
 from mpq_dm.operators import (
     CONVOLUTIONS,
@@ -83,7 +83,6 @@ class PackedLayer(nn.Module):
         self.integer = not entry.is_half and _has_integer_kernel(self.operator, self.shape)
         self.mode = MODES[0]
         self._module_dtype = weight.dtype
-        self._scratch = Scratch()
         self._forget()
         self.register_parameter("bias", module.bias)  # type: ignore[arg-type]
         for name in ("row_order", "smooth"):
@@ -208,10 +207,9 @@ class PackedLayer(nn.Module):
     def _groups(self) -> int:
         return getattr(self.operator, "groups", 1)  # type: ignore[return-value]
 
-    def bind_(self, context: TimestepContext, scratch: Scratch | None = None) -> None:
-        """Follow the sampling steps of a context, and use memory shared with other layers."""
+    def bind_(self, context: TimestepContext) -> None:
+        """Follow the sampling steps of a context, which all layers of a model share."""
         self.__dict__["context"] = context
-        self._scratch = scratch or self._scratch
 
     def packed_weight(self) -> PackedWeight:
         """Return the codes as arrays on the CPU, which share memory with the buffers there.
@@ -293,8 +291,6 @@ class PackedLayer(nn.Module):
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Return the layer's output in the type of its input."""
-        if self._ready_on != x.device:
-            self.prepare_(x.device)
         if self.entry.is_half:
             rows = float_of(self.qweight, torch.float16).to(x.device, x.dtype)
             return apply_weight(self.operator, x, rows, self.bias)
@@ -318,6 +314,8 @@ class PackedLayer(nn.Module):
         context = self.context
         if context is None:
             raise InputError("timestep: the layer follows no sampling steps; attach it to a model")
+        if self._ready_on != x.device:
+            self.prepare_(x.device)
         qmax = 2**self.entry.act_bits - 1
         scale = context.interpolate(self._act_scale, log=True)
         zero = context.interpolate(self._act_zero).round().clamp(0, qmax)
@@ -334,7 +332,7 @@ class PackedLayer(nn.Module):
     def _integer_product(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         weight = self._int_weight
         if weight is None:
-            weight = self._as_int_weight(self._unpacked(codes.device))
+            weight = self._as_int_weight(self._codes_of_weight()).to(codes.device)
         settings: dict[str, Any] = {"scale": scale, "zero": zero, "bias": self.bias}
         if len(self.shape) == 2:
             return int_linear(codes, weight, **settings)
@@ -360,25 +358,18 @@ class PackedLayer(nn.Module):
 
     def _codes_of_weight(self) -> UInt8[Tensor, "out in *kernel"]:
         if self.qweight.device.type == "cpu" and not torch.compiler.is_compiling():
-            return torch.from_numpy(self.packed_weight().codes())
-        return self._unpacked(self.qweight.device)
-
-    def _unpacked(self, device: torch.device) -> UInt8[Tensor, "out in *kernel"]:
-        """Unpack into the shared memory: valid until another layer does."""
-        data, (rows, columns) = self.qweight.to(device), (self.shape[0], prod(self.shape[1:]))
-        codes = self._scratch.take(rows * columns, device).view(rows, columns)
-        order = None if self.row_order is None else self.row_order.to(device).long()
-        row = byte = 0
+            return torch.from_numpy(self.packed_weight().codes())  # a third of the time
+        rows, columns = self.shape[0], prod(self.shape[1:])
+        parts, byte = [], 0
         for bits, count in self.entry.groups:
             size = row_nbytes(columns, bits)
-            stored = data[byte : byte + count * size].view(count, size)
-            if order is None:
-                unpack_bits(stored, bits, codes)
-            else:
-                part = unpack_bits(stored, bits, codes.new_empty(count, columns))
-                codes[order[row : row + count]] = part
-            row, byte = row + count, byte + count * size
-        return codes.view(self.shape)
+            stored = self.qweight[byte : byte + count * size].view(count, size)
+            parts.append(unpack_bits(stored, bits, columns))
+            byte += count * size
+        if self.row_order is None:
+            return parts[0].view(self.shape)
+        codes = parts[0].new_empty(rows, columns)
+        return codes.index_copy(0, self.row_order.long(), torch.cat(parts)).view(self.shape)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> "PackedLayer":
         super()._apply(fn, recurse)

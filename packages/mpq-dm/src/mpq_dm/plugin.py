@@ -22,7 +22,6 @@ from tenfold_core.quant.state import find_module, replace_module
 from tenfold_core.run.checkpoint import read_header
 from torch import Tensor, nn
 
-from mpq_dm.codes import Scratch
 from mpq_dm.packed import MODES, PackedLayer, packed_layers
 from mpq_dm.plan import LayerPlan
 from mpq_dm.roles import find_layers
@@ -108,9 +107,8 @@ class MPQDMQuantizer(PackedQuantizer):
             context.to(layers[0][1].qweight.device)
         context.attach(model)
         model.add_module(_CONTEXT, context)
-        scratch = Scratch()
         for _, layer in layers:
-            layer.bind_(context, scratch)
+            layer.bind_(context)
             layer.prepare_()
 
     def _place(self, tensor: str) -> str:
