@@ -7,10 +7,11 @@ import torch.nn.functional as F  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from tenfold_core.errors import InputError  # noqa: E402
-from tenfold_core.quant import integer  # noqa: E402
+from tenfold_core.quant import integer_sums  # noqa: E402
 from tenfold_core.quant.affine import dequantize  # noqa: E402
 from tenfold_core.quant.integer import (  # noqa: E402
     IntWeight,
+    activation_codes,
     int8_product,
     int_conv1d,
     int_conv2d,
@@ -62,9 +63,9 @@ def test_every_path_of_the_int8_product_is_exact(rows, columns, inner, seed):
     b = (codes_of(columns, inner, seed=seed + 1).int() - 128).to(torch.int8)
     expected = torch.einsum("ri,ci->rc", a.long(), b.long())
     assert torch.equal(int8_product(a, b).long(), expected)
-    assert torch.equal(integer._float_product(a[None], b[None])[0].long(), expected)
+    assert torch.equal(integer_sums._float_product(a[None], b[None])[0].long(), expected)
     if inner:
-        assert torch.equal(integer._padded_product(a, b).long(), expected)
+        assert torch.equal(integer_sums._padded_product(a, b).long(), expected)
 
 
 @pytest.mark.parametrize("path", ["int_mm", "padded", "float"])
@@ -73,21 +74,21 @@ def test_the_largest_sums_are_exact(path):
     a = torch.full((17, 3001), 127, dtype=torch.int8)
     product = {
         "int_mm": int8_product,
-        "padded": integer._padded_product,
-        "float": lambda a, b: integer._float_product(a[None], b[None])[0],
+        "padded": integer_sums._padded_product,
+        "float": lambda a, b: integer_sums._float_product(a[None], b[None])[0],
     }[path]
     assert torch.equal(product(a, a), torch.full((17, 17), 48_403_129, dtype=torch.int32))
 
 
 def test_products_fall_back_where_int_mm_is_not_exact(monkeypatch):
     a = torch.full((17, 40), -128, dtype=torch.int8)
-    monkeypatch.setattr(integer, "_int_mm_exact", None)
+    monkeypatch.setattr(integer_sums, "_int_mm_exact", None)
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: torch.zeros(32, 32, dtype=torch.int32))
-    assert not integer._int_mm_is_exact()
+    assert not integer_sums.int_mm_is_exact()
     assert int8_product(a, a)[0, 0] == 40 * 16384
-    monkeypatch.setattr(integer, "_int_mm_exact", None)
+    monkeypatch.setattr(integer_sums, "_int_mm_exact", None)
     monkeypatch.delattr(torch, "_int_mm")
-    assert not integer._int_mm_is_exact()
+    assert not integer_sums.int_mm_is_exact()
 
 
 def test_bfloat16_autocast_does_not_touch_the_sums():
@@ -206,7 +207,7 @@ def test_conv_equals_its_reference_and_the_fake_quantized_layer(case, zeros, per
     large = w_hat.abs() + scale[column]
     size = F.conv2d(x_hat.abs(), large, bias.abs(), groups=groups, **where)
     assert y.shape == fake.shape
-    assert y.is_contiguous()
+    assert y.is_contiguous(memory_format=torch.channels_last)
     assert ((y - exact).abs() <= 4 * EPS * size).all()
     assert ((y - fake).abs() <= (4 + weights[0].numel()) * EPS * size).all()
 
@@ -243,7 +244,7 @@ def test_unfolding_in_blocks_changes_nothing(monkeypatch):
     weight = IntWeight.from_codes(codes_of(5, 4, 3, 3), scale=floats(5), zero=floats(5))
     activation = {"scale": torch.tensor(0.1), "zero": torch.tensor(3), "padding": 1}
     whole = int_conv2d(codes, weight, **activation)
-    monkeypatch.setattr(integer, "_COLUMN_BYTES", 2 * 2 * 6 * 36)  # two output rows
+    monkeypatch.setattr(integer_sums, "_COLUMN_BYTES", 2 * 2 * 6 * 36)  # two output rows
     assert torch.equal(int_conv2d(codes, weight, **activation), whole)
 
 
@@ -268,6 +269,206 @@ def test_integer_zero_points_need_no_extra_row():
     assert free.operand.shape == (1, 16, 8)
     assert whole.nbytes == 64 + 8 * 4 + 8 * 4
     assert free.to("cpu").nbytes == 128 + 8 * 4 + 8 * 4 + 8 * 4
+
+
+# --- the two ways of the CPU ------------------------------------------------------------------
+
+
+def test_this_cpu_or_its_torch_says_which_way_is_exact():
+    assert isinstance(integer_sums.onednn_is_exact(), bool)
+
+
+def both_ways(monkeypatch, compute):
+    if not integer_sums.onednn_is_exact():
+        pytest.skip("oneDNN is not exact on this CPU")
+    fast = compute()
+    monkeypatch.setattr(integer_sums, "_onednn_exact", False)
+    return fast, compute()
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("zeros", ["integer", "free"])
+@pytest.mark.parametrize("case", [case for case in CONVOLUTIONS if case[-1] == 1], ids=str)
+def test_convolutions_have_the_same_bits_both_ways(case, zeros, samples, monkeypatch):
+    num_in, num_out, height, width, kernel, stride, padding, dilation, _ = case
+    codes = codes_of(2, num_in, height, width)
+    weights = codes_of(num_out, num_in, *kernel, bits=4, seed=1)
+    weight = IntWeight.from_codes(
+        weights, scale=floats(num_out, seed=4), zero=weight_zeros(zeros, num_out, 4)
+    )
+    settings = {"scale": floats(samples, seed=2), "zero": codes_of(samples, seed=3)}
+    settings |= {"bias": floats(num_out), "stride": stride, "padding": padding}
+    fast, slow = both_ways(
+        monkeypatch, lambda: int_conv2d(codes, weight, **settings, dilation=dilation)
+    )
+    assert weight.narrow
+    assert torch.equal(fast, slow)
+    assert fast.is_contiguous(memory_format=torch.channels_last)
+    assert slow.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("zeros", ["integer", "free"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_sums_beyond_float32_have_the_same_bits_both_ways(size, zeros, samples, monkeypatch):
+    # 1030 codes of 127 or -128 by 255: 33 million, of which float32 holds every second number
+    codes = codes_of(2, 1030, 5, 4)
+    codes[0], codes[1, ::2] = 255, 0
+    weights = codes_of(6, 1030, size, size, bits=1, seed=1) * 255
+    weights[0], weights[1], weights[:, 0], weights[:, 1] = 255, 0, 0, 255
+    zero = torch.full((6,), 128.0 if zeros == "integer" else 127.7)
+    weight = IntWeight.from_codes(weights, scale=torch.ones(6), zero=zero)
+    settings = {"scale": torch.ones(samples), "zero": torch.tensor([3, 251])[:samples]}
+    fast, slow = both_ways(monkeypatch, lambda: int_conv2d(codes, weight, **settings, padding=1))
+    assert not weight.narrow
+    assert torch.equal(fast, slow)
+    rows = {"weight_scale": torch.ones(6), "weight_zero": zero}
+    exact = int_conv2d_reference(codes, weights, **settings, **rows, padding=(1, 1))
+    assert exact.abs().max() > 1 << 24
+    if zeros == "integer":
+        assert torch.equal(fast, exact.float())
+
+
+@pytest.mark.parametrize("form", ["one", "sample", "token"])
+@pytest.mark.parametrize("zeros", ["integer", "free"])
+@pytest.mark.parametrize("weight_bits", [2, 8])
+def test_linear_layers_have_the_same_bits_both_ways(weight_bits, zeros, form, monkeypatch):
+    codes, weights, activation, scale, zero, bias = linear_case(8, weight_bits, zeros, form)
+    weight = IntWeight.from_codes(weights, scale=scale, zero=zero)
+    fast, slow = both_ways(monkeypatch, lambda: int_linear(codes, weight, **activation, bias=bias))
+    assert torch.equal(fast, slow)
+
+
+def test_convolutions_take_images_of_any_strides_and_size():
+    weight = IntWeight.from_codes(codes_of(5, 4, 3, 3), scale=floats(5), zero=floats(5))
+    settings = {"scale": torch.tensor(0.1), "zero": torch.tensor(3), "padding": 1}
+    for size in (6, 9, 6):
+        codes = codes_of(2, size, size, 4).permute(0, 3, 1, 2)
+        y = int_conv2d(codes, weight, **settings)
+        assert torch.equal(y, int_conv2d(codes.contiguous(), weight, **settings))
+
+
+def test_a_weight_changed_in_place_is_noticed():
+    codes = codes_of(1, 4, 6, 6)
+    weights = codes_of(5, 4, 3, 3, bits=4)
+    weight = IntWeight.from_codes(weights, scale=floats(5), zero=torch.ones(5))
+    settings = {"scale": torch.tensor(0.1), "zero": torch.tensor(0)}
+    assert int_conv2d(codes, weight, **settings).any()
+    weight.operand.zero_()
+    assert not int_conv2d(codes, weight, **settings).any()
+
+
+def test_without_the_private_operators_the_sums_are_the_same(monkeypatch):
+    codes = codes_of(2, 4, 6, 6)
+    weight = IntWeight.from_codes(codes_of(5, 4, 3, 3), scale=floats(5), zero=floats(5))
+    settings = {"scale": torch.tensor(0.1), "zero": torch.tensor(3), "padding": 1}
+    expected = int_conv2d(codes, weight, **settings)
+    monkeypatch.setattr(integer_sums, "_onednn_exact", None)
+    monkeypatch.setattr(torch.ops, "onednn", object())
+    assert not integer_sums.onednn_is_exact()
+    assert torch.equal(int_conv2d(codes, weight, **settings), expected)
+
+
+# --- compilation ------------------------------------------------------------------------------
+
+
+class Layers(torch.nn.Module):
+    def __init__(self, size=3, zero=0.4, groups=1):
+        super().__init__()
+        self.conv = IntWeight.from_codes(
+            codes_of(8, 6 // groups, size, size, bits=4),
+            scale=floats(8), zero=torch.full((8,), zero), groups=groups,
+        )  # fmt: skip
+        self.linear = IntWeight.from_codes(
+            codes_of(5, 8, bits=3), scale=floats(5), zero=torch.full((5,), zero)
+        )
+
+    def forward(self, x, multiplier, zero):
+        codes = activation_codes(x, multiplier, zero, 255, channel_axis=1)
+        y = int_conv2d(codes, self.conv, scale=multiplier[:, :1], zero=zero, padding=1, stride=2)
+        codes = activation_codes(y.flatten(2).mT, multiplier[:1, :1], zero[:1], 63, channel_axis=-1)
+        return int_linear(codes, self.linear, scale=multiplier[:1, 0], zero=zero[:1])
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("zero", [0.0, 0.4])
+def test_layers_compile_into_one_graph(zero, groups, samples):
+    layers = Layers(zero=zero, groups=groups)
+    inputs = (
+        torch.randn(2, 6, 9, 7, generator=drawn()),
+        floats(samples, 6, low=5.0, high=40.0),
+        codes_of(samples, bits=7),
+    )
+    torch._dynamo.reset()
+    compiled = torch.compile(layers, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        expected, found = layers(*inputs), compiled(*inputs)
+    assert torch.equal(found, expected)
+    assert found.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+def test_the_operators_are_what_they_tell_the_compiler(inputs):
+    weight = IntWeight.from_codes(
+        codes_of(8, 6, 3, 3, bits=4), scale=floats(8), zero=torch.full((8,), 0.4)
+    )
+    zero = torch.tensor([7, 8], dtype=torch.int32)
+    place = ([8, 6, 3, 3], [1, 2], [1, 0], [2, 1])
+    ops = torch.ops.tenfold_core
+    checks = ("test_schema", "test_faketensor")
+    arguments = (codes_of(2, 6, 9, 7), zero, weight.operand, weight.sums, *place, True, inputs)
+    torch.library.opcheck(ops.conv_sums.default, arguments, test_utils=checks)
+    weight = IntWeight.from_codes(codes_of(8, 6), scale=floats(8), zero=torch.full((8,), 0.4))
+    arguments = (codes_of(2, 6), zero[:, None], weight.operand, weight.sums, True, inputs)
+    torch.library.opcheck(ops.linear_sums.default, arguments, test_utils=checks)
+
+
+# --- codes of activations ---------------------------------------------------------------------
+
+
+def plain_codes(x, multiplier, zero, qmax):
+    return (x.float() * multiplier + zero).round().clamp(0, qmax).to(torch.uint8)
+
+
+def test_activation_codes_by_hand():
+    # -0.3 * 10 + 4 = 1; 0.5 * 5 + 4 = 6.5, to the even 6; 9 * 10 + 4 = 94, above 15
+    x, multiplier = torch.tensor([[-0.3, 0.5, 9.0]]), torch.tensor([[10.0, 5.0, 10.0]])
+    codes = activation_codes(x, multiplier, torch.tensor(4), 15, channel_axis=1)
+    assert codes.tolist() == [[1, 6, 15]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("qmax", [1, 15, 63, 255])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_codes_of_images_are_the_plain_expression_bit_for_bit(layout, qmax, dtype):
+    x = torch.randn(3, 8, 10, 9, generator=drawn()).to(dtype).contiguous(memory_format=layout)
+    zero = codes_of(3, bits=qmax.bit_length(), seed=1)
+    columns = (slice(None), slice(None), None, None)
+    for samples in (1, 3):
+        multiplier = floats(samples, 8, low=0.1, high=qmax / 2, seed=2)
+        at = zero[:samples]
+        codes = activation_codes(x, multiplier, at, qmax, channel_axis=1)
+        expected = plain_codes(x, multiplier[columns], at[:, None, None, None], qmax)
+        assert torch.equal(codes, expected)
+        assert codes.stride() == x.stride()
+
+
+@given(st.integers(0, 2**20))
+def test_halves_round_to_even_and_far_values_saturate(seed):
+    x = torch.randint(-600, 600, (64,), generator=drawn(seed)) / 2
+    x = torch.cat((x, torch.tensor([3e38, -3e38, float("inf"), -float("inf"), 0.0, -0.0])))
+    codes = activation_codes(x, torch.tensor(1.0), torch.tensor(100), 255, channel_axis=-1)
+    assert torch.equal(codes, plain_codes(x, 1.0, 100, 255))
+
+
+def test_codes_of_tokens_take_multipliers_of_every_token_or_channel():
+    x = torch.randn(2, 5, 6, generator=drawn())
+    by_token, by_channel = floats(2, 5, 1, low=5.0, high=90.0), floats(6, low=5.0, high=90.0)
+    zero = codes_of(2, 5, 1)
+    for multiplier in (by_token, by_channel, by_token * by_channel):
+        codes = activation_codes(x, multiplier, zero, 255, channel_axis=-1)
+        assert torch.equal(codes, plain_codes(x, multiplier, zero, 255))
 
 
 # --- bad input --------------------------------------------------------------------------------
@@ -309,3 +510,13 @@ def test_codes_that_do_not_fit_are_refused():
         int_conv2d(codes_of(1, 4, 5, 2), conv, **one)
     with pytest.raises(InputError, match="2 scales and 1 zero points for a batch of 3"):
         int_conv2d(codes_of(3, 4, 5, 5), conv, scale=torch.ones(2), zero=torch.tensor(0))
+
+
+@pytest.mark.bad_input
+def test_multipliers_that_do_not_fit_are_refused():
+    x, one = torch.zeros(2, 3, 4, 5), torch.tensor(1.0)
+    for shape in ((4,), (3, 3), (2, 1, 3)):
+        with pytest.raises(InputError, match="does not fit activations"):
+            activation_codes(x, torch.ones(shape), one, 15, channel_axis=1)
+    with pytest.raises(InputError, match=r"of shape \(3,\) does not fit"):
+        activation_codes(x, one, torch.ones(3), 15, channel_axis=1)

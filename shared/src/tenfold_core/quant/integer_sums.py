@@ -1,0 +1,473 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact integer sums of products, the part of :mod:`.integer` below its float operations.
+
+Two operators, opaque to ``torch.compile``, take codes ``qa`` and shifted weight codes ``qw``:
+
+    value[c] = sum (qa - z) qw[c]        inputs = sum (qa - z)
+
+summed exactly and rounded once to float32; convolutions count nothing where they pad. On CPUs
+whose oneDNN sums uint8 x int8 exactly (it is tried once) that is its convolution with scales of
+one, 3 to 4 times faster than unfolding patches. Elsewhere patches are unfolded and multiplied by
+``torch._int_mm`` where that is exact, else by float32 products of few enough terms.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Int8, UInt8
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from tenfold_core.errors import InputError
+
+__all__ = ["conv_sums", "int8_product", "is_narrow", "linear_sums", "output_size"]
+
+MULTIPLE = 8
+"""Of both inner and outer sizes of an operand: ``torch._int_mm`` on CUDA wants it."""
+_MIN_ROWS = 24  # it also wants more than 16 rows
+_FLOAT_INNER = 1024  # 2**24 / 128**2: float32 sums of so many int8 products are exact
+_COLUMN_BYTES = 1 << 26  # unfolded patches are made in blocks of this size
+_int_mm_exact: bool | None = None
+_onednn_exact: bool | None = None
+
+
+def is_narrow(shifted: Int[Tensor, "out inner"]) -> bool:
+    """Whether float32 holds every sum of these weight codes with uint8 codes exactly."""
+    return 255 * int(shifted.abs().sum(1).max()) < 1 << 24
+
+
+def linear_sums(
+    codes: UInt8[Tensor, "rows channels"],
+    zero: Int[Tensor, "#rows 1"],
+    operand: Int8[Tensor, "1 padded_rows inner"],
+    row_sums: Int[Tensor, " out"],
+    *,
+    narrow: bool,
+    inputs: bool,
+) -> tuple[Float[Tensor, "rows out"], Float[Tensor, "rows 1"] | None]:
+    """Return ``value`` and, if wanted, ``inputs`` of a linear layer.
+
+    Args:
+        codes: Activation codes.
+        zero: Their zero point, one or one for each row.
+        operand: Shifted weight codes, then a row of ones if ``inputs`` are wanted; padded.
+        row_sums: Sum of each row of shifted codes.
+        narrow: What :func:`is_narrow` says.
+        inputs: Whether ``inputs`` are wanted.
+    """
+    value, moved = torch.ops.tenfold_core.linear_sums(
+        codes, zero, operand, row_sums, narrow, inputs
+    )
+    return value, moved if inputs else None
+
+
+def conv_sums(
+    codes: UInt8[Tensor, "batch channels height width"],
+    zero: Int[Tensor, " #batch"],
+    operand: Int8[Tensor, "groups padded_rows inner"],
+    row_sums: Int[Tensor, " out"],
+    *,
+    shape: tuple[int, ...],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    narrow: bool,
+    inputs: bool,
+) -> tuple[
+    Float[Tensor, "batch out new_height new_width"],
+    Float[Tensor, "batch groups new_height new_width"] | None,
+]:
+    """Return ``value`` and, if wanted, ``inputs`` of a convolution, channels last in memory.
+
+    Args:
+        codes: Activation codes.
+        zero: Their zero point, one or one for each sample.
+        operand: Shifted weight codes, taps before channels, as for :func:`linear_sums`.
+        row_sums: Sum of each row of shifted codes.
+        shape: ``(out, in / groups, height, width)`` of the weight.
+        stride: As in ``torch.nn.functional.conv2d``.
+        padding: As there.
+        dilation: As there.
+        narrow: What :func:`is_narrow` says.
+        inputs: Whether ``inputs`` are wanted.
+    """
+    value, moved = torch.ops.tenfold_core.conv_sums(
+        codes, zero, operand, row_sums, shape, stride, padding, dilation, narrow, inputs
+    )
+    return value, moved if inputs else None
+
+
+def output_size(
+    size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, int]:
+    """Return height and width of a convolution's output.
+
+    Raises:
+        InputError: The kernel reaches over more than the padded size.
+    """
+    out = []
+    for axis in (0, 1):
+        reach = dilation[axis] * (kernel[axis] - 1) + 1
+        padded = size[axis] + 2 * padding[axis]
+        if reach > padded:
+            raise InputError(
+                f"convolution: a kernel reaching over {reach} does not fit into the padded "
+                f"size {padded}"
+            )
+        out.append((padded - reach) // stride[axis] + 1)
+    return out[0], out[1]
+
+
+def int8_product(
+    a: Int8[Tensor, "rows inner"], b: Int8[Tensor, "columns inner"]
+) -> Int[Tensor, "rows columns"]:
+    """Return ``a b^T`` in int32, exactly.
+
+    ``torch._int_mm`` where it is exact, with the padding it wants on CUDA; else float32 products
+    of at most 1024 terms, which are exact as well.
+    """
+    if 0 in (*a.shape, *b.shape):
+        return a.new_zeros(a.shape[0], b.shape[0], dtype=torch.int32)
+    if a.device.type == "cuda":
+        return _padded_product(a, b)
+    if a.device.type == "cpu" and a.shape[1] > 1 and int_mm_is_exact():  # garbage for one term
+        return torch._int_mm(a, b.t())
+    return _float_product(a[None], b[None])[0]
+
+
+# Two operators: their schemas, their shapes for the compiler, a kernel for every device and a
+# faster one for CPUs. Inputs that are not wanted are an empty tensor.
+
+_LINEAR = "tenfold_core::linear_sums"
+_CONV = "tenfold_core::conv_sums"
+torch.library.define(
+    _LINEAR,
+    "(Tensor codes, Tensor zero, Tensor operand, Tensor row_sums, bool narrow, bool inputs) "
+    "-> (Tensor, Tensor)",
+)
+torch.library.define(
+    _CONV,
+    "(Tensor codes, Tensor zero, Tensor operand, Tensor row_sums, int[] shape, int[] stride, "
+    "int[] padding, int[] dilation, bool narrow, bool inputs) -> (Tensor, Tensor)",
+)
+_Sums = tuple[Tensor, Tensor]
+
+
+@torch.library.register_fake(_LINEAR)
+def _linear_shapes(
+    codes: Tensor, zero: Tensor, operand: Tensor, row_sums: Tensor, narrow: bool, inputs: bool
+) -> _Sums:
+    rows = codes.shape[0]
+    value = codes.new_empty((rows, row_sums.shape[0]), dtype=torch.float32)
+    return value, codes.new_empty((rows, 1) if inputs else (0,), dtype=torch.float32)
+
+
+@torch.library.register_fake(_CONV)
+def _conv_shapes(
+    codes: Tensor, zero: Tensor, operand: Tensor, row_sums: Tensor, shape: Sequence[int],
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    narrow: bool, inputs: bool,
+) -> _Sums:  # fmt: skip
+    batch, size = codes.shape[0], output_size(codes.shape[2:], shape[2:], stride, padding, dilation)
+    value = codes.new_empty((batch, *size, shape[0]), dtype=torch.float32).permute(0, 3, 1, 2)
+    if not inputs:
+        return value, codes.new_empty(0, dtype=torch.float32)
+    moved = codes.new_empty((batch, *size, operand.shape[0]), dtype=torch.float32)
+    return value, moved.permute(0, 3, 1, 2)
+
+
+def _linear_by_product(
+    codes: Tensor, zero: Tensor, operand: Tensor, row_sums: Tensor, narrow: bool, inputs: bool
+) -> _Sums:
+    num_out, num_in = row_sums.shape[0], codes.shape[1]
+    rows = F.pad(_signed(codes), (0, operand.shape[2] - num_in))
+    sums, centre = int8_product(rows, operand[0]), zero - 128
+    value = (sums[:, :num_out] - centre * row_sums).to(torch.float32)
+    if not inputs:
+        return value, value.new_empty(0)
+    moved = sums[:, num_out : num_out + 1] - num_in * centre
+    return value, moved.to(torch.float32)
+
+
+def _conv_by_columns(
+    codes: Tensor, zero: Tensor, operand: Tensor, row_sums: Tensor, shape: Sequence[int],
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    narrow: bool, inputs: bool,
+) -> _Sums:  # fmt: skip
+    groups, per_group = operand.shape[0], shape[0] // operand.shape[0]
+    size = output_size(codes.shape[2:], shape[2:], stride, padding, dilation)
+    centre = (zero - 128)[:, None]  # against (..., batch, positions)
+    x = _surrounded(_signed(codes), zero - 128, padding).permute(0, 2, 3, 1)
+    patches = _patches(x, shape[2:], stride, dilation)
+    sums = torch.cat([_products(part, operand) for part in _blocks(patches)], dim=-2)
+    sums = sums.flatten(-2)  # (groups, rows, batch, positions)
+    value = sums[:, :per_group] - centre * row_sums.view(groups, per_group, 1, 1)
+    value = _channels_last(value.to(torch.float32).flatten(0, 1), size)
+    if not inputs:
+        return value, value.new_empty(0)
+    moved = sums[:, per_group] - prod(shape[1:]) * centre
+    return value, _channels_last(moved.to(torch.float32), size)
+
+
+def _linear_on_cpu(
+    codes: Tensor, zero: Tensor, operand: Tensor, row_sums: Tensor, narrow: bool, inputs: bool
+) -> _Sums:
+    channels, num_out = codes.shape[1], row_sums.shape[0]
+    if not (codes.numel() and num_out and narrow and onednn_is_exact()):
+        return _linear_by_product(codes, zero, operand, row_sums, narrow, inputs)
+    bias = (zero * row_sums).neg_().to(torch.float32)
+    value = _onednn_linear(codes, operand, num_out, bias[0] if len(bias) == 1 else None)
+    if len(bias) > 1:
+        value += bias
+    if not inputs:
+        return value, value.new_empty(0)
+    moved = codes.sum(1, keepdim=True, dtype=torch.int32) - channels * zero
+    return value, moved.to(torch.float32)
+
+
+def _conv_on_cpu(
+    codes: Tensor, zero: Tensor, operand: Tensor, row_sums: Tensor, shape: Sequence[int],
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    narrow: bool, inputs: bool,
+) -> _Sums:  # fmt: skip
+    fits = len(operand) == 1 and (narrow or len(zero) == 1)
+    if not (codes.numel() and fits and onednn_is_exact()):
+        return _conv_by_columns(
+            codes, zero, operand, row_sums, shape, stride, padding, dilation, narrow, inputs
+        )
+    x = _surrounded(codes, zero, padding)
+    if narrow:
+        bias = (zero[:, None] * row_sums).neg_().to(torch.float32)
+        value = _onednn_conv(
+            x, operand, shape, stride, dilation, bias[0] if len(bias) == 1 else None
+        )
+        if len(bias) > 1:
+            value += bias[:, :, None, None]
+    else:
+        value = _onednn_conv(x, operand, shape, stride, dilation, None, int(zero))
+    if not inputs:
+        return value, value.new_empty(0)
+    moved = x.sum(1, keepdim=True, dtype=torch.int32)
+    for axis in (0, 1):
+        moved = _window_sums(moved, 2 + axis, shape[2 + axis], stride[axis], dilation[axis])
+    moved = moved - prod(shape[1:]) * zero[:, None, None, None]
+    return value, moved.to(torch.float32)
+
+
+torch.library.impl(_LINEAR, "CompositeExplicitAutograd", _linear_by_product)
+torch.library.impl(_CONV, "CompositeExplicitAutograd", _conv_by_columns)
+torch.library.impl(_LINEAR, "CPU", _linear_on_cpu)
+torch.library.impl(_CONV, "CPU", _conv_on_cpu)
+
+
+# oneDNN: sums of uint8 codes and int8 weights with scales of one
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A weight in oneDNN's order, and the constants that its operators want beside it."""
+
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+_forms = WeakTensorKeyDictionary()  # from an operand to its forms: they go when the operand goes
+
+
+def _onednn_linear(codes: Tensor, operand: Tensor, num_out: int, bias: Tensor | None) -> Tensor:
+    """Return ``sum qa qw + bias`` in float32, for a narrow weight."""
+
+    def make() -> _Form:
+        weight = operand[0, :num_out, : codes.shape[1]].contiguous()
+        return _form(torch.ops.onednn.qlinear_prepack(weight, None), num_out)
+
+    form = _remembered(operand, (num_out, codes.shape[1]), make)
+    return torch.ops.onednn.qlinear_pointwise(
+        codes.contiguous(), 1.0, 0, form.weight, form.scale, form.zero, bias,
+        1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
+
+
+def _onednn_conv(
+    x: Tensor, operand: Tensor, shape: Sequence[int], stride: Sequence[int],
+    dilation: Sequence[int], bias: Tensor | None, zero: int = 0,
+) -> Tensor:  # fmt: skip
+    """Return ``sum (qa - zero) qw + bias`` in float32; exact without bias, or if narrow."""
+    num_out, channels, *kernel = shape
+    if kernel == [1, 1] and tuple(stride) == (1, 1) and not zero:
+        # The order of a 1x1 convolution's weight depends on the image: a product's does not.
+        rows = x.permute(0, 2, 3, 1)
+        value = _onednn_linear(rows.reshape(-1, channels), operand, num_out, bias)
+        return value.view(*rows.shape[:3], num_out).permute(0, 3, 1, 2)
+
+    def make() -> _Form:
+        rows = operand[0, :num_out, : prod(shape[1:])]
+        weight = rows.reshape(num_out, *kernel, channels).permute(0, 3, 1, 2).contiguous()
+        return _form(_ordered_conv(weight, x, stride, dilation, zero), num_out)
+
+    key = (*shape, *stride, *dilation, zero > 0, x.shape if kernel == [1, 1] else None)
+    return _convolved(x, _remembered(operand, key, make), stride, dilation, bias, zero)
+
+
+def _remembered(operand: Tensor, key: tuple[object, ...], make: Callable[[], _Form]) -> _Form:
+    version = None if operand.is_inference() else operand._version
+    forms = _forms.setdefault(operand, {})
+    if forms.get("version", version) != version:
+        forms.clear()
+    forms["version"] = version
+    if key not in forms:
+        forms[key] = make()
+    return forms[key]
+
+
+def _form(weight: Tensor, num_out: int) -> _Form:
+    return _Form(weight, torch.ones(num_out), torch.zeros(num_out, dtype=torch.int64))
+
+
+def _ordered_conv(
+    weight: Tensor, x: Tensor, stride: Sequence[int], dilation: Sequence[int], zero: int
+) -> Tensor:
+    scale = torch.ones(len(weight))
+    return torch.ops.onednn.qconv_prepack(
+        weight, scale, 1.0, zero, stride, [0, 0], dilation, 1, x.shape
+    )
+
+
+def _convolved(
+    x: Tensor, form: _Form, stride: Sequence[int], dilation: Sequence[int],
+    bias: Tensor | None, zero: int,
+) -> Tensor:  # fmt: skip
+    return torch.ops.onednn.qconv2d_pointwise(
+        x, 1.0, zero, form.weight, form.scale, form.zero, bias, stride, [0, 0], dilation, 1,
+        1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
+
+
+def onednn_is_exact() -> bool:
+    """Try the extremes once, with and without a zero point, by one tap and by nine."""
+    global _onednn_exact
+    if _onednn_exact is None:
+        try:
+            _onednn_exact = all(_onednn_agrees(size, zero) for size in (1, 3) for zero in (0, 255))
+        except (AttributeError, NotImplementedError, RuntimeError):  # private: they may go
+            _onednn_exact = False
+    return _onednn_exact
+
+
+def _onednn_agrees(size: int, zero: int) -> bool:
+    signs = torch.tensor([-128, 127], dtype=torch.int8, device="cpu").repeat(16)
+    operand = signs[:, None].repeat(1, 64 * size * size)[None]
+    codes = torch.tensor([0, 255], dtype=torch.uint8, device="cpu").repeat(18).view(1, 6, 6, 1)
+    codes = codes.expand(1, 6, 6, 64).contiguous().permute(0, 3, 1, 2)
+    shape = (32, 64, size, size)
+    found = _onednn_conv(codes, operand, shape, (1, 1), (1, 1), None, zero)
+    weight = operand.view(32, 64, size, size).double()
+    return torch.equal(found.double(), F.conv2d(codes.double() - zero, weight))
+
+
+# Parts of both ways
+
+
+def _signed(codes: Tensor) -> Tensor:
+    # 0..255 to -128..127: flipping the top bit subtracts 128
+    return (codes ^ 128).view(torch.int8)
+
+
+def _surrounded(x: Tensor, zero: Tensor, padding: Sequence[int]) -> Tensor:
+    """Return ``x`` with channels last in memory, and ``zero`` around it."""
+    batch, channels, height, width = x.shape
+    down, right = padding
+    if not (down or right):
+        return x.contiguous(memory_format=torch.channels_last)
+    shape = (batch, height + 2 * down, width + 2 * right, channels)
+    out = zero.to(x.dtype).view(-1, 1, 1, 1).expand(shape)
+    out = out.clone(memory_format=torch.contiguous_format)
+    out[:, down : down + height, right : right + width] = x.permute(0, 2, 3, 1)
+    return out.permute(0, 3, 1, 2)
+
+
+def _window_sums(x: Tensor, axis: int, taps: int, stride: int, dilation: int) -> Tensor:
+    """Add the taps of a window along one axis."""
+    if taps == stride == 1:
+        return x
+    return x.unfold(axis, dilation * (taps - 1) + 1, stride)[..., ::dilation].sum(-1)
+
+
+def _channels_last(rows: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return ``(channels, batch, positions)`` as an image, channels last in memory."""
+    return rows.permute(1, 2, 0).contiguous().unflatten(1, size).permute(0, 3, 1, 2)
+
+
+def _patches(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """View ``(batch, height, width, in)`` as ``(batch, new_height, new_width, in, *kernel)``."""
+    for axis in (0, 1):
+        reach = dilation[axis] * (kernel[axis] - 1) + 1
+        x = x.unfold(1 + axis, reach, stride[axis])
+    return x[..., :: dilation[0], :: dilation[1]]
+
+
+def _blocks(patches: Tensor) -> Iterator[Tensor]:
+    """Split the output rows so that the copied patches stay within ``_COLUMN_BYTES``."""
+    per_row = max(1, patches.numel() // max(1, patches.shape[1]))
+    yield from patches.split(max(1, _COLUMN_BYTES // per_row), dim=1)
+
+
+def _products(patches: Tensor, operand: Tensor) -> Tensor:
+    """Return the int32 sums ``(groups, rows, batch, new_height, new_width)``."""
+    batch, height, width = patches.shape[:3]
+    groups = len(operand)
+    split = patches.unflatten(3, (groups, -1)).permute(3, 0, 1, 2, 5, 6, 4)
+    columns = split.reshape(groups, batch * height * width, prod(split.shape[4:]))
+    spare = operand.shape[2] - columns.shape[2]
+    if spare:
+        columns = F.pad(columns, (0, spare))
+    if groups == 1:
+        sums = int8_product(operand[0], columns[0])[None]
+    else:
+        sums = _float_product(operand, columns)
+    return sums.reshape(groups, -1, batch, height, width)
+
+
+def _padded_product(a: Tensor, b: Tensor) -> Tensor:
+    inner = -a.shape[1] % MULTIPLE
+    if spare := max(0, _MIN_ROWS - a.shape[0]):
+        rows = F.pad(a, (0, inner, 0, spare))
+    else:
+        rows = F.pad(a, (0, inner)) if inner else a.contiguous()
+    columns = F.pad(b, (0, inner, 0, -b.shape[0] % MULTIPLE))
+    return torch._int_mm(rows, columns.contiguous().t())[: a.shape[0], : b.shape[0]]
+
+
+def _float_product(a: Tensor, b: Tensor) -> Tensor:
+    sums = a.new_zeros(a.shape[0], a.shape[1], b.shape[1], dtype=torch.int32)
+    with torch.autocast(a.device.type, enabled=False):  # bfloat16 would round the sums
+        for start in range(0, a.shape[2], _FLOAT_INNER):
+            part = slice(start, start + _FLOAT_INNER)
+            sums += torch.bmm(a[..., part].float(), b[..., part].float().mT).to(torch.int32)
+    return sums
+
+
+def int_mm_is_exact() -> bool:
+    """Try the extremes once: CPUs without VNNI may saturate pairs of products at 16 bits."""
+    global _int_mm_exact
+    if _int_mm_exact is None:
+        signs = torch.tensor([-128, 127], dtype=torch.int8, device="cpu")
+        a, b = signs.repeat_interleave(16)[:, None].expand(32, 64), signs.repeat(16)[:, None]
+        a, b = a.contiguous(), b.expand(32, 64).contiguous()
+        try:
+            found = torch._int_mm(a, b.t())
+        except (AttributeError, RuntimeError):  # a private function: it may go
+            _int_mm_exact = False
+        else:
+            _int_mm_exact = torch.equal(found, _float_product(a[None], b[None])[0])
+    return _int_mm_exact
