@@ -1,39 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codes as tensors, on any device: of inputs, rounded; of weights, unpacked."""
+"""Codes of weights as tensors on any device, and values of each sample of an input."""
 
-import torch
 from jaxtyping import Float, UInt8
 from tenfold_core.errors import InputError
 from torch import Tensor
 
-__all__ = ["activation_codes", "per_sample", "unpack_bits"]
-
-
-def activation_codes(
-    x: Float[Tensor, "..."],
-    multiplier: Float[Tensor, "samples channels"],
-    zero: Float[Tensor, " samples"],
-    qmax: int,
-    axis: int,
-) -> UInt8[Tensor, "..."]:
-    """Return `clamp(round(x * multiplier + zero), 0, qmax)`.
-
-    Args:
-        x: values of any float type.
-        multiplier: for one sample or all, for one channel or all.
-        zero: whole numbers, for one sample or all.
-        qmax: the largest code.
-        axis: where `x` has its channels: 1, or -1.
-    """
-    samples, channels = multiplier.shape
-    if x.dim() == 1:
-        shape = (channels,)
-    elif axis == 1:
-        shape = (samples, channels, *[1] * (x.dim() - 2))
-    else:
-        shape = (samples, *[1] * (x.dim() - 2), channels)
-    value = x.float() * multiplier.reshape(shape) + zero.reshape(-1, *[1] * (x.dim() - 1))
-    return value.round_().clamp_(0, qmax).to(torch.uint8)
+__all__ = ["per_sample", "unpack_bits"]
 
 
 def per_sample(value: Float[Tensor, " steps"], x: Float[Tensor, "..."]) -> Float[Tensor, " items"]:

@@ -20,13 +20,19 @@ import torch
 from jaxtyping import Float, Int16, Int32, UInt8
 from tenfold_core.errors import ConfigError, InputError
 from tenfold_core.quant.activations import TimestepContext
-from tenfold_core.quant.integer import IntWeight, int_conv1d, int_conv2d, int_linear
+from tenfold_core.quant.integer import (
+    IntWeight,
+    activation_codes,
+    int_conv1d,
+    int_conv2d,
+    int_linear,
+)
 from tenfold_core.quant.packing import PackedWeight, packed_layout, row_nbytes
 from tenfold_core.quant.smoothing import activation_multiplier, smooth_weight
 from tenfold_core.quant.state import bits_of, float_of
 from torch import Tensor, nn
 
-from mpq_dm.codes import activation_codes, per_sample, unpack_bits
+from mpq_dm.codes import per_sample, unpack_bits
 from mpq_dm.entry import HALF, LayerEntry
 from mpq_dm.operators import (
     CONVOLUTIONS,
@@ -321,12 +327,13 @@ class PackedLayer(nn.Module):
         zero = context.interpolate(self._act_zero).round().clamp(0, qmax)
         if scale.shape[0] > 1:
             scale, zero = per_sample(scale, x), per_sample(zero, x)
+        spread = (-1, *[1] * (x.dim() - 1))
         if self._smooth is None:
-            multiplier = (1 / scale)[:, None]
+            multiplier = (1 / scale).reshape(spread)
         else:
             multiplier = activation_multiplier(self._smooth, scale)
-        codes = activation_codes(x, multiplier, zero, qmax, channel_axis(self.operator))
-        spread = (-1, *[1] * (x.dim() - 1))
+        axis = channel_axis(self.operator)
+        codes = activation_codes(x, multiplier, zero, qmax, channel_axis=axis)
         return codes, scale.reshape(spread), zero.reshape(spread)
 
     def _integer_product(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
