@@ -207,6 +207,11 @@ def test_what_is_no_archive(tmp_path):
     (tmp_path / "a.npz").write_bytes(b"PK\x03\x04 nothing")
     with pytest.raises(InputError, match=r"a\.npz: not readable as \.npz"):
         read_images(tmp_path / "a.npz")
+    raw = bytearray(archive(tmp_path, images=GREY[None]).read_bytes())
+    raw[raw.index(b"PK\x01\x02") + 6] = 255  # the version of zip that reading needs
+    (tmp_path / "a.npz").write_bytes(raw)
+    with pytest.raises(InputError, match=r"not readable as \.npz \(zip file version 25\.5"):
+        read_images(tmp_path / "a.npz")
     with (tmp_path / "a.npz").open("wb") as file:
         np.save(file, GREY)
     with pytest.raises(InputError, match=r"a\.npz: not readable as \.npz \(a single array"):

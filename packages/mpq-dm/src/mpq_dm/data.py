@@ -168,7 +168,7 @@ def _columns(part: Path, limit: int | None) -> tuple[list[bytes], NDArray[np.int
         label = next((name for name in _LABELS if name in schema), None)
         columns = [image] if label is None else [image, label]
         table = pl.read_parquet(part, columns=columns, n_rows=limit)
-    except (OSError, pl.exceptions.PolarsError) as error:
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise InputError(f"{part}: not readable as parquet ({_line(error)})") from error
     blobs = table[image]
     if isinstance(blobs.dtype, pl.Struct):
@@ -221,7 +221,10 @@ def _files(folder: Path) -> list[Path]:
 
 def _read_npz(path: Path, limit: int | None) -> ImageSet:
     import zipfile
+    import zlib
 
+    # what zipfile and NumPy raise on damaged files
+    broken = (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
     try:
         # opened here, because NumPy leaves a file that it cannot read open
         with path.open("rb") as file, _archive(file) as archive:
@@ -236,7 +239,7 @@ def _read_npz(path: Path, limit: int | None) -> ImageSet:
             labels = archive[fields[1]][:limit] if fields[1] in archive else None
     except InputError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except broken as error:
         raise InputError(f"{path}: not readable as .npz ({_line(error)})") from error
     images = _channels_first(pixels, f"{path}: field {fields[0]!r}")
     if labels is None:

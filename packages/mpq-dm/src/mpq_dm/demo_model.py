@@ -346,29 +346,42 @@ def _kurtosis(unet: nn.Module) -> dict[str, float]:
 def _quality(
     unet: nn.Module, classifier: Classifier, train: ImageSet, held_out: ImageSet, seed: int = 0
 ) -> dict[str, float]:
-    """Return Frechet distances to the training images, and class accuracies."""
-    sampler = demo_sampler(seed=seed, batch_size=JUDGED)
-    images = torch.cat([sampler.trajectory(unet, number) for number in range(4)])
-    labels = torch.cat([sampler.arguments(number)["class_labels"] for number in range(4)])
+    """Return class accuracies, and Frechet distances to the training images.
+
+    The floor is the distance of the held-out images; `frechet_like_held_out` is that of samples, as
+    many and as many of each class.
+    """
+    sampler, sets = demo_sampler(seed=seed, batch_size=JUDGED), range(4)
+    images = torch.cat([sampler.trajectory(unet, number) for number in sets])
+    labels = torch.cat([sampler.arguments(number)["class_labels"] for number in sets])
     features, logits = classifier_outputs(classifier, images)
     real, _ = classifier_outputs(classifier, train.images)
     other, other_logits = classifier_outputs(classifier, held_out.images)
     rng = generator(seed, "demo/quality")
+    wholes = [frechet_distance(part, real) for part in features.split(JUDGED)]
+    alike = [frechet_distance(features[_like(labels, held_out, rng)], real) for _ in range(20)]
     found = {
         "sampling_steps": DEMO_STEPS,
         "class_accuracy": class_accuracy(logits, labels),
-        f"frechet_{JUDGED}": float(
-            np.mean([frechet_distance(part, real) for part in features.split(JUDGED)])
-        ),
+        f"frechet_{JUDGED}": float(np.mean(wholes)),
         "frechet_infinity": frechet_at_infinity(features, real, rng, smaller=JUDGED),
+        "frechet_like_held_out": float(np.mean(alike)),
+        "frechet_held_out": frechet_distance(other, real),
         "held_out_images": len(held_out),
         "held_out_accuracy": class_accuracy(other_logits, held_out.labels),
-        "frechet_held_out": frechet_distance(other, real),
-        "frechet_as_many": float(
-            np.mean([frechet_distance(part, real) for part in features.split(len(other))[:10]])
-        ),
     }
     return {name: round(value, 4) for name, value in found.items()}
+
+
+def _like(labels: Tensor, data: ImageSet, rng: np.random.Generator) -> Tensor:
+    """Return rows drawn so that each class occurs as often as in `data`, where there are enough."""
+    rows = [
+        rng.permutation(np.flatnonzero(labels.numpy() == label))[
+            : int((data.labels == label).sum())
+        ]
+        for label in range(CLASSES)
+    ]
+    return torch.from_numpy(np.concatenate(rows))
 
 
 def _require_positive(**settings: int) -> None:
