@@ -157,12 +157,11 @@ def int_linear(
                 f"int_linear: {name} of shape {tuple(value.shape)}, its last axis must be 1"
             )
     rows = codes.reshape(-1, weight.shape[1])
-    zeros = zero.to(torch.int32)
-    if zeros.numel() > 1:
-        zeros = zeros.expand(*codes.shape[:-1], 1)
+    if zero.numel() > 1:
+        zero = zero.expand(*codes.shape[:-1], 1)
     value, inputs = linear_sums(
         rows,
-        zeros.reshape(-1, 1),
+        zero.reshape(-1, 1).to(torch.int32),
         weight.operand,
         weight.sums,
         narrow=weight.narrow,

@@ -52,7 +52,7 @@ def linear_sums(
 
     Args:
         codes: Activation codes.
-        zero: Their zero point, one or one for each row.
+        zero: Their zero point, one or one for each row; int32.
         operand: Shifted weight codes, then a row of ones if ``inputs`` are wanted; padded.
         row_sums: Sum of each row of shifted codes.
         narrow: What :func:`is_narrow` says.
@@ -84,7 +84,7 @@ def conv_sums(
 
     Args:
         codes: Activation codes.
-        zero: Their zero point, one or one for each sample.
+        zero: Their zero point, one or one for each sample; int32.
         operand: Shifted weight codes, taps before channels, as for :func:`linear_sums`.
         row_sums: Sum of each row of shifted codes.
         shape: ``(out, in / groups, height, width)`` of the weight.
@@ -203,8 +203,8 @@ def _conv_by_columns(
 ) -> _Sums:  # fmt: skip
     groups, per_group = operand.shape[0], shape[0] // operand.shape[0]
     size = output_size(codes.shape[2:], shape[2:], stride, padding, dilation)
-    centre = (zero - 128)[:, None]  # against (..., batch, positions)
-    x = _surrounded(_signed(codes), zero - 128, padding).permute(0, 2, 3, 1)
+    centre = zero[:, None] - 128  # against (..., batch, positions)
+    x = _surrounded(_signed(codes), centre, padding).permute(0, 2, 3, 1)
     patches = _patches(x, shape[2:], stride, dilation)
     sums = torch.cat([_products(part, operand) for part in _blocks(patches)], dim=-2)
     sums = sums.flatten(-2)  # (groups, rows, batch, positions)
@@ -222,10 +222,11 @@ def _linear_on_cpu(
     channels, num_out = codes.shape[1], row_sums.shape[0]
     if not (codes.numel() and num_out and narrow and onednn_is_exact()):
         return _linear_by_product(codes, zero, operand, row_sums, narrow, inputs)
-    bias = (zero * row_sums).neg_().to(torch.float32)
-    value = _onednn_linear(codes, operand, num_out, bias[0] if len(bias) == 1 else None)
-    if len(bias) > 1:
-        value += bias
+    if zero.shape[0] == 1:
+        value = _onednn_linear(codes, operand, num_out, row_sums * -float(zero))
+    else:
+        value = _onednn_linear(codes, operand, num_out, None)
+        value -= zero.to(torch.float32) * row_sums
     if not inputs:
         return value, value.new_empty(0)
     moved = codes.sum(1, keepdim=True, dtype=torch.int32) - channels * zero
@@ -237,21 +238,25 @@ def _conv_on_cpu(
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
     narrow: bool, inputs: bool,
 ) -> _Sums:  # fmt: skip
-    fits = len(operand) == 1 and (narrow or len(zero) == 1)
+    fits = operand.shape[0] == 1 and (narrow or zero.shape[0] == 1)
     if not (codes.numel() and fits and onednn_is_exact()):
         return _conv_by_columns(
             codes, zero, operand, row_sums, shape, stride, padding, dilation, narrow, inputs
         )
-    x = _surrounded(codes, zero, padding)
-    if narrow:
-        bias = (zero[:, None] * row_sums).neg_().to(torch.float32)
-        value = _onednn_conv(
-            x, operand, shape, stride, dilation, bias[0] if len(bias) == 1 else None
-        )
-        if len(bias) > 1:
-            value += bias[:, :, None, None]
+    layer = (operand, shape, stride, dilation)
+    if zero.shape[0] > 1:
+        x = _surrounded(codes, zero, padding)
+        value = _onednn_conv(x, *layer, None)
+        value -= (zero.to(torch.float32)[:, None] * row_sums)[:, :, None, None]
     else:
-        value = _onednn_conv(x, operand, shape, stride, dilation, None, int(zero))
+        one, (down, right) = int(zero), padding
+        x = codes.contiguous(memory_format=torch.channels_last)
+        if down or right:
+            x = F.pad(x, (right, right, down, down), value=one)
+        if narrow:
+            value = _onednn_conv(x, *layer, row_sums * -float(one))
+        else:
+            value = _onednn_conv(x, *layer, None, one)
     if not inputs:
         return value, value.new_empty(0)
     moved = x.sum(1, keepdim=True, dtype=torch.int32)
