@@ -26,7 +26,14 @@ from mpq_dm.packed import MODES, PackedLayer, packed_layers
 from mpq_dm.plan import LayerPlan
 from mpq_dm.roles import find_layers
 
-__all__ = ["MPQDMQuantConfig", "MPQDMQuantizer", "attach_packed", "load", "sampling_steps"]
+__all__ = [
+    "MPQDMQuantConfig",
+    "MPQDMQuantizer",
+    "attach_packed",
+    "empty_model",
+    "load",
+    "sampling_steps",
+]
 
 _WHERE = "config.json: quantization_config"
 _CONTEXT = "mpqdm_timesteps"
@@ -90,6 +97,10 @@ class MPQDMQuantizer(PackedQuantizer):
         layer.mode = _mode.get()
         return layer
 
+    def replace_(self, model: nn.Module) -> None:
+        """Replace the modules that the config names by empty packed layers."""
+        self._replace_modules(model)
+
     def finish(self, model: nn.Module) -> None:
         """Verify all values, and give all layers one context that follows the model's calls.
 
@@ -143,9 +154,11 @@ def attach_packed(
         mode: how products are computed, one of `mpq_dm.packed.MODES`.
 
     Raises:
-        ConfigError: the model is quantized already, or layers of one weight have different codes.
+        ConfigError: the model is quantized already, layers of one weight have different codes, or
+            there is no such mode.
         InputError: a plan does not fit its layer, or there is no such layer.
     """
+    _check_mode(mode)
     roles = {layer.name: layer.role for layer in find_layers(model)[0]}
     context = TimestepContext(timesteps)
     packed: dict[str, PackedLayer] = {}
@@ -217,26 +230,54 @@ def load(path: str | Path, *, mode: str = MODES[0], **settings: Any) -> Any:
     import diffusers
 
     folder = Path(path)
-    if mode not in MODES:
-        raise ConfigError(f"mode is {mode!r}, expected {', '.join(MODES)}")
+    _check_mode(mode)
     pipeline, parts = _quantized_parts(folder)
     for part in parts:
         for file in sorted(part.glob("*.safetensors")):
             read_header(file)  # a truncated file is told apart before gigabytes are read
     kind: Any = diffusers.DiffusionPipeline
     if not pipeline:
-        name = _json(folder / "config.json").get("_class_name")
-        kind = getattr(diffusers, name, None) if isinstance(name, str) else None
-        if kind is None:
-            raise InputError(
-                f"{folder / 'config.json'}: _class_name is {name!r}, expected a model of diffusers "
-                f"{diffusers.__version__}"
-            )
+        kind = _model_class(folder)
     token = _mode.set(mode)
     try:
         return kind.from_pretrained(folder, **settings)
     finally:
         _mode.reset(token)
+
+
+def empty_model(folder: Path) -> Any:
+    """Return the packed model that a folder's config describes, its tensors on the meta device.
+
+    Raises:
+        InputError: the config is not that of a packed model.
+    """
+    _, parts = _quantized_parts(folder)
+    kind = _model_class(folder)
+    about = dict(_json(parts[0] / "config.json"))
+    config = MPQDMQuantConfig.from_dict(about.pop("quantization_config"))
+    with torch.device("meta"):
+        model = kind.from_config(about)
+    model.hf_quantizer = MPQDMQuantizer(config)
+    model.hf_quantizer.replace_(model)
+    return model
+
+
+def _model_class(folder: Path) -> Any:
+    import diffusers
+
+    name = _json(folder / "config.json").get("_class_name")
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if kind is None:
+        raise InputError(
+            f"{folder / 'config.json'}: _class_name is {name!r}, expected a model of diffusers "
+            f"{diffusers.__version__}"
+        )
+    return kind
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise ConfigError(f"mode is {mode!r}, expected {', '.join(MODES)}")
 
 
 def _quantized_parts(folder: Path) -> tuple[bool, list[Path]]:
