@@ -77,7 +77,7 @@ def test_a_split_holds_out_a_share_of_each_class_and_loses_nothing():
     assert not torch.equal(other.images, held_out.images)
 
 
-@pytest.mark.parametrize("share", [0, 1, 0.01])
+@pytest.mark.parametrize("share", [0.0, 1.0, 0.01])
 def test_a_split_with_an_empty_side_is_refused(share):
     data = ImageSet(torch.zeros(4, 1, 1, 1), torch.zeros(4, dtype=torch.int64), ("a",))
     with pytest.raises(ConfigError, match=f"held_out is {share}"):

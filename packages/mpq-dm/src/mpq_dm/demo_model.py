@@ -324,7 +324,7 @@ def _velocity_loss(
     return functional.mse_loss(found, scheduler.get_velocity(images, noise, timesteps))
 
 
-def _curve(losses: list[float], points: int = 50) -> list[list[float]]:
+def _curve(losses: list[float], points: int = 50) -> list[list[int | float]]:
     """Return [step, mean loss since the point before] at about 50 points."""
     parts = np.array_split(np.array(losses), min(points, len(losses)))
     ends = np.cumsum([len(part) for part in parts])
@@ -345,7 +345,7 @@ def _kurtosis(unet: nn.Module) -> dict[str, float]:
 
 def _quality(
     unet: nn.Module, classifier: Classifier, train: ImageSet, held_out: ImageSet, seed: int = 0
-) -> dict[str, float]:
+) -> dict[str, int | float]:
     """Return class accuracies, and Frechet distances to the training images.
 
     The floor is the distance of the held-out images; `frechet_like_held_out` is that of samples, as

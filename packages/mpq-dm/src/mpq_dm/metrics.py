@@ -6,7 +6,7 @@ Inception's, where the Frechet distance is the FID. Sets have no order; paired e
 made from the same noise and so need far fewer of them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -295,7 +295,7 @@ def paired_difference_ci(
     return bootstrap_ci(difference, generator, level=level, resamples=resamples)
 
 
-def bops(layers: Iterable[tuple[float, float, float]]) -> float:
+def bops(layers: Iterable[Sequence[int | float]]) -> float:
     """Return the bit operations of layers: multiplications times weight bits times input bits.
 
     Args:
