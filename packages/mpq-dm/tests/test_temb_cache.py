@@ -7,7 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from mpq_dm.calibration import calibrate
+from mpq_dm.config import method_config
+from mpq_dm.method import make_student, pack
+from mpq_dm.plugin import load
 from mpq_dm.sampler import LatentSampler, called_timesteps
+from mpq_dm.sizes import account
 from mpq_dm.temb_cache import TableLayer, cache_timestep, table_layers, timestep_tables
 from tenfold_core.errors import InputError, TenfoldWarning
 from tenfold_core.quant.activations import TimestepContext
@@ -164,6 +169,28 @@ def test_a_table_is_saved_bit_by_bit_and_built_without_memory():
     assert layer.entry() == {"role": "time", "table": [4, 6]}
     assert list(layer.state_dict()) == ["table"]
     assert repr(layer) == "TableLayer(steps=4, channels=6)"
+
+
+def test_a_packed_model_saves_and_loads_its_tables(plain, free, tmp_path):
+    cached = cache_timestep(plain, free, STEPS)
+    config = method_config("tfmq", steps=4, calib_samples=3, batch_size=3, weight_bits=4)
+    found = calibrate(cached, free, STEPS, config)
+    student, layers = make_student(cached, found, STEPS, config)
+    wanted = free.trajectory(student, 9)
+    packed = pack(student, layers, found, STEPS, config, free)
+    made = free.trajectory(packed, 9)
+    packed.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+
+    assert not any("time_emb" in name for name in found.plans)
+    torch.testing.assert_close(made, wanted, rtol=1e-3, atol=1e-3)
+    assert torch.equal(free.trajectory(loaded, 9), made)
+    names = [name for name, _ in table_layers(loaded)]
+    assert len(names) == 9
+    values = cached.get_submodule("time_embedding").values
+    assert torch.equal(loaded.get_submodule("time_embedding").values, values)
+    assert account(tmp_path).agrees
+    assert account(tmp_path).accounted == account(packed).accounted
 
 
 @pytest.mark.bad_input

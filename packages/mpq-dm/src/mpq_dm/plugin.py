@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from mpq_dm.packed import MODES, PackedLayer, packed_layers
 from mpq_dm.plan import LayerPlan
 from mpq_dm.roles import find_layers
+from mpq_dm.temb_cache import TableLayer, table_layers
 
 __all__ = [
     "MPQDMQuantConfig",
@@ -91,8 +92,10 @@ class MPQDMQuantizer(PackedQuantizer):
 
     quantization_config: MPQDMQuantConfig
 
-    def build(self, module: nn.Module, entry: dict[str, Any]) -> PackedLayer:
+    def build(self, module: nn.Module, entry: dict[str, Any]) -> PackedLayer | TableLayer:
         """Return the empty layer that an entry of the config describes."""
+        if "table" in entry:
+            return TableLayer.empty(entry, len(self.quantization_config.timesteps))
         layer = PackedLayer.empty(module, entry, len(self.quantization_config.timesteps))
         layer.mode = _mode.get()
         return layer
@@ -108,7 +111,8 @@ class MPQDMQuantizer(PackedQuantizer):
             InputError: a stored value is not allowed; names file, tensor, expected and found.
         """
         layers = list(packed_layers(model))
-        for name, layer in layers:
+        tables = list(table_layers(model))
+        for name, layer in (*layers, *tables):
             try:
                 layer.check(name)
             except InputError as error:
@@ -121,6 +125,8 @@ class MPQDMQuantizer(PackedQuantizer):
         for _, layer in layers:
             layer.bind_(context)
             layer.prepare_()
+        for _, table in tables:
+            table.bind_(context)
 
     def _place(self, tensor: str) -> str:
         """Return the file that holds a tensor, as the beginning of a message."""
@@ -144,7 +150,7 @@ def attach_packed(
     """Replace layers of a model by packed ones, in place; it then saves and runs as a loaded one.
 
     Args:
-        model: a diffusers model.
+        model: a diffusers model; tables that it has (`mpq_dm.temb_cache`) are stored as they are.
         layers: plan and codes by layer. Layers that share one weight share its codes.
         timesteps: timesteps of the calibrated sampling steps, in sampling order.
         weight_bits: average bits of a weight in the body.
@@ -182,7 +188,8 @@ def attach_packed(
         act_bits=act_bits,
         timesteps=[float(step) for step in timesteps],
         prediction_type=prediction_type,
-        modules={name: layer.entry.to_dict() for name, layer in packed.items()},
+        modules={name: layer.entry.to_dict() for name, layer in packed.items()}
+        | {name: table.entry() for name, table in table_layers(model)},
     )
     for name, layer in packed.items():
         replace_module(model, name, layer)
