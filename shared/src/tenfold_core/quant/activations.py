@@ -65,6 +65,7 @@ class TimestepContext(nn.Module):
         self.register_buffer("grid", grid.clone() * self.sign, persistent=False)
         self.register_buffer("off_grid", torch.zeros((), dtype=torch.bool), persistent=False)
         # not buffers: a compiled graph would be guarded by what the last call left there
+        self._on_grid = False
         self._lower: Tensor | None = None
         self._weight: Tensor | None = None
 
@@ -90,12 +91,16 @@ class TimestepContext(nn.Module):
 
     def set_(self, timestep: Tensor | int | float) -> None:
         """Set the timestep of every sample: a number, a 0-d tensor or one value per sample."""
-        value = torch.as_tensor(timestep, device=self.grid.device).detach()
-        self._lower, self._weight, off_grid = self._locate(value.reshape(-1).to(torch.float32))
+        value = torch.as_tensor(timestep, device=self.grid.device).detach().reshape(-1)
+        # Reading a value on a GPU would stall every call, and a compiled graph cannot branch or
+        # warn: there the caller asks by `check` when the run is over.
+        readable = not torch.compiler.is_compiling() and value.device.type == "cpu"
+        if readable and len(value) > 1 and bool((value == value[0]).all()):
+            value = value[:1]  # one scale for the whole batch, which is what samplers do
+        self._lower, self._weight, off_grid = self._locate(value.to(torch.float32))
         self.off_grid = self.off_grid | off_grid
-        # Reading a flag on a GPU would stall every call, and a compiled graph cannot warn:
-        # there the caller asks by `check` when the run is over.
-        if not torch.compiler.is_compiling() and self.off_grid.device.type == "cpu":
+        self._on_grid = readable and not bool(off_grid)
+        if readable:
             self.check()
 
     @property
@@ -114,6 +119,8 @@ class TimestepContext(nn.Module):
             log: Interpolate the logarithm linearly in the timestep, not the value.
         """
         lower, weight = self._current()
+        if self._on_grid:
+            return table[lower]
         lower, weight = lower.to(table.device), weight.to(table.device, table.dtype)
         start, end = table[lower], table[(lower + 1).clamp(max=self.num_steps - 1)]
         return start * (end / start) ** weight if log else torch.lerp(start, end, weight)

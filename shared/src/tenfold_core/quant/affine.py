@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tenfold_core.errors import ConfigError, InputError
 
@@ -107,7 +108,43 @@ def fake_quant(
         >>> fake_quant(w, torch.tensor(1.0), torch.tensor(1.0), 3)
         tensor([[-1.,  0.,  1.,  2.]])
     """
+    wanted = torch.is_grad_enabled() and any(
+        isinstance(part, Tensor) and part.requires_grad for part in (x, scale, zero)
+    )
+    if wanted and not torch.compiler.is_compiling():
+        return _FakeQuant.apply(x, scale, zero, qmax)
     return scale * (_codes(x, scale, zero, qmax) - zero)
+
+
+class _FakeQuant(torch.autograd.Function):
+    """The gradients of :func:`fake_quant` written out: half the passes of recording each step."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, qmax: int | Tensor) -> Tensor:
+        ratio = x / scale
+        rounded = (ratio + zero).round_()
+        codes = _clamped(rounded, qmax)
+        inside = rounded == codes
+        level = codes - zero
+        ctx.shapes = [(part.shape, part.dtype) for part in (x, scale, zero)]
+        ctx.save_for_backward(inside, torch.addcmul(level, ratio, inside, value=-1), scale)
+        return scale * level
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inside, slope, scale = ctx.saved_tensors
+        found: list[Tensor | None] = [None, None, None, None]
+        for_x = gradient * inside
+        for place, (shape, dtype) in enumerate(ctx.shapes):
+            if not ctx.needs_input_grad[place]:
+                continue
+            if place == 0:
+                part = for_x
+            else:
+                part = gradient * slope if place == 1 else (for_x - gradient) * scale
+            found[place] = part.sum_to_size(shape).to(dtype)
+        return tuple(found)
 
 
 def quantize(
@@ -145,11 +182,14 @@ def clamp_codes(
     Shapes: ``qmax`` broadcasts to the shape of ``codes``.
     """
     fixed = codes.detach()
-    if isinstance(qmax, Tensor):
-        bound = torch.clamp(fixed, fixed.new_zeros(()), qmax.to(codes.dtype))
-    else:
-        bound = torch.clamp(fixed, 0, qmax)
+    bound = _clamped(fixed, qmax)
     return torch.where(fixed == bound, codes, bound)
+
+
+def _clamped(codes: Tensor, qmax: int | Tensor) -> Tensor:
+    if isinstance(qmax, Tensor):
+        return torch.clamp(codes, codes.new_zeros(()), qmax.to(codes.dtype))
+    return torch.clamp(codes, 0, qmax)
 
 
 def check_finite(x: Float[Tensor, "..."], name: str) -> None:
