@@ -61,13 +61,13 @@ def make(unet, scheduler):
     return build
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def plan_of():
     """Plan a module by min and max: plan_of(module, steps, bits=2) -> plan, codes."""
     return round_by_range
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pack():
     """Pack all layers of a model by min and max: pack(model, timesteps)."""
     return pack_by_range

@@ -45,10 +45,26 @@ def model(unet, pack):
     return pack(unet, STEPS, halves=[HALF])
 
 
+@pytest.fixture(scope="module")
+def saved(pack, tmp_path_factory):
+    """The packed model on disk, made once."""
+    path = tmp_path_factory.mktemp("saved") / "unet"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = diffusers.UNet2DModel(
+            sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4,
+            block_out_channels=(8, 16), attention_head_dim=8, num_class_embeds=10,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        )  # fmt: skip
+    pack(unet, STEPS, halves=[HALF]).save_pretrained(path)
+    return path
+
+
 @pytest.fixture
-def folder(model, tmp_path):
-    model.save_pretrained(tmp_path / "unet")
-    return tmp_path / "unet"
+def folder(saved, tmp_path):
+    """A copy of the packed model that a test may damage."""
+    return shutil.copytree(saved, tmp_path / "unet")
 
 
 @pytest.fixture
