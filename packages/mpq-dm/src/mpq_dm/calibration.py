@@ -31,9 +31,18 @@ from mpq_dm.plan import LayerPlan
 from mpq_dm.roles import Layer, find_layers
 from mpq_dm.sampler import Sampler
 
-__all__ = ["Calibration", "calibrate", "check_model", "output_errors"]
+__all__ = [
+    "Calibration",
+    "LayerDraft",
+    "Measurement",
+    "calibrate",
+    "check_model",
+    "measure",
+    "output_errors",
+    "plan_layers",
+]
 
-SAMPLE_ELEMENTS = 1 << 16  # of a layer's inputs at one step, for the search of their scale
+SAMPLE_ELEMENTS = 1 << 14  # of a layer's inputs at one step, for the search of their scale
 ERROR_ELEMENTS = 1 << 22  # of a layer's inputs and outputs, for the errors of its rows
 _EDGE_ROLES = ("input", "time", "output")
 
@@ -60,7 +69,43 @@ class Calibration:
     dead_channels: dict[str, int] = field(default_factory=dict)
 
 
-@torch.no_grad()
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What the calibration trajectories say; bits are chosen from it by `plan_layers`.
+
+    Attributes:
+        layers: the layers to quantize, by name.
+        drafts: what was measured of each.
+        halves: layers to keep in half precision.
+        left: layers and modules left as they are.
+        traces: by layer, the sensitivity that HAWQ needs; empty for the other allocations.
+    """
+
+    layers: dict[str, Layer]
+    drafts: dict[str, "LayerDraft"]
+    halves: list[str]
+    left: dict[str, str]
+    traces: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDraft:
+    """A layer between calibration and allocation."""
+
+    rows: Tensor
+    """Pre-scaled weight."""
+    smooth: Tensor | None
+    act_bits: int
+    act_scale: Tensor
+    act_zero: Tensor
+    errors: NDArray[np.float64] | None
+    """Output error of each row and number of bits."""
+    energy: float
+    """Mean square of an exact output."""
+    dead: int
+    """Input channels without any activation or weight."""
+
+
 def calibrate(
     model: nn.Module,
     sampler: Sampler,
@@ -80,36 +125,71 @@ def calibrate(
     Raises:
         InputError: a weight or an input holds NaN or infinities, or the model cannot be quantized.
     """
+    return plan_layers(measure(model, sampler, timesteps, config, progress), config)
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    sampler: Sampler,
+    timesteps: Sequence[float],
+    config: MPQDMConfig,
+    progress: Progress | None = None,
+) -> Measurement:
+    """Run the calibration trajectories; arguments as `calibrate`.
+
+    The result serves every allocation of the same bits, scales and pre-scaling.
+    """
     check_model(model)
-    layers, left = _to_quantize(model, config)
-    sizes = _input_sizes(model, sampler, layers)
-    for name in [name for name in layers if name not in sizes]:
-        left[name] = "not called by the sampler"
-        del layers[name]
-    result = Calibration(plans={}, left=left)
-    for name, role in [(name, layer.role) for name, layer in layers.items()]:
-        if _weight_bits(role, config) > 8:
-            del layers[name]
-            if _weight_bits(role, config) == 16:
-                result.halves.append(name)
-            else:
-                left[name] = f"full precision ({role})"
+    layers, halves, left = _to_quantize(model, sampler, config)
+    sizes = {name: size for name, (_, size) in layers.items()}
+    found = {name: layer for name, (layer, _) in layers.items()}
     tell = progress or (lambda *_: None)
-    done = 0
-    drafts: dict[str, _Draft] = {}
-    for group in _passes(sizes, list(layers), len(timesteps), config):
-        parts = {name: layers[name].module for name in group}
+    drafts: dict[str, LayerDraft] = {}
+    for group in _passes(sizes, list(found), len(timesteps), config):
+        parts = {name: found[name].module for name in group}
         # twice the samples: guidance may double the batch
         wanted = 2 * config.calib_samples * len(timesteps) * sum(sizes[name] for name in group)
         least = len(group) * len(timesteps) * max(sizes[name] for name in group)
         most_bytes = min(config.calib_bytes, max(wanted, least))
         collector = _collect(model, sampler, timesteps, parts, most_bytes, config, tell)
         for name in group:
-            drafts[name] = _draft(layers[name], collector, config, len(timesteps))
+            drafts[name] = _draft(found[name], collector, config, len(timesteps))
             collector.drop(name)
-            done += 1
-            tell("layers", done, len(layers))
-    _finish(layers, drafts, config, result, _traces(model, sampler, layers, config, tell))
+            tell("layers", len(drafts), len(found))
+    traces = _traces(model, sampler, found, config, tell)
+    return Measurement(layers=found, drafts=drafts, halves=halves, left=left, traces=traces)
+
+
+@torch.no_grad()
+def plan_layers(found: Measurement, config: MPQDMConfig) -> Calibration:
+    """Spend the bits on the rows and find the weights' scales.
+
+    Args:
+        found: of a config with the same bits, scales and pre-scaling; errors are known only if its
+            allocation needed them.
+        config: the allocation.
+    """
+    bits = _allocate(found, config)
+    result = Calibration(plans={}, halves=found.halves, left=found.left)
+    for name, draft in found.drafts.items():
+        role = found.layers[name].role
+        flat = draft.rows.flatten(1)
+        widths = bits.get(name)
+        if widths is None:
+            widths = torch.full((len(flat),), _weight_bits(role, config))
+        method: Any = config.scale_method
+        scale, zero = storable(
+            *init_scale(flat, widths.to(flat.device), method=method, name=f"{name}.weight")
+        )
+        result.plans[name] = LayerPlan(
+            role=role, bits=widths, scale=scale, zero=zero, smooth=draft.smooth,
+            act_bits=draft.act_bits, act_scale=draft.act_scale, act_zero=draft.act_zero,
+        )  # fmt: skip
+        if draft.errors is not None:
+            result.errors[name] = draft.errors
+        if draft.dead:
+            result.dead_channels[name] = draft.dead
     return result
 
 
@@ -162,31 +242,28 @@ def output_errors(
     return result
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Draft:
-    """A layer between calibration and allocation."""
-
-    rows: Tensor
-    smooth: Tensor | None
-    act_bits: int
-    act_scale: Tensor
-    act_zero: Tensor
-    errors: NDArray[np.float64] | None
-    energy: float
-    dead: int
-
-
-def _to_quantize(model: nn.Module, config: MPQDMConfig) -> tuple[dict[str, Layer], dict[str, str]]:
+def _to_quantize(
+    model: nn.Module, sampler: Sampler, config: MPQDMConfig
+) -> tuple[dict[str, tuple[Layer, int]], list[str], dict[str, str]]:
+    """Return the layers with the bytes of their inputs, those kept in halves, and the rest."""
     found, unknown = find_layers(model)
     left = {line.split(" ")[0]: f"unknown class {line.split(' ')[1]}" for line in unknown}
     tied = {layer.tied_to for layer in found if layer.tied_to}
     layers: dict[str, Layer] = {}
+    halves: list[str] = []
     for layer in found:
+        bits = _weight_bits(layer.role, config)
         if layer.tied_to or layer.name in tied:
             left[layer.name] = f"tied to {layer.tied_to}" if layer.tied_to else "tied to others"
+        elif bits == 16:
+            halves.append(layer.name)
+        elif bits > 8:
+            left[layer.name] = f"full precision ({layer.role})"
         else:
             layers[layer.name] = layer
-    return layers, left
+    sizes = _input_sizes(model, sampler, layers)
+    left |= {name: "not called by the sampler" for name in layers if name not in sizes}
+    return {name: (layers[name], sizes[name]) for name in layers if name in sizes}, halves, left
 
 
 def _weight_bits(role: str, config: MPQDMConfig) -> int:
@@ -267,7 +344,7 @@ def _collect(
     return collector
 
 
-def _draft(layer: Layer, collector: InputCollector, config: MPQDMConfig, steps: int) -> _Draft:
+def _draft(layer: Layer, collector: InputCollector, config: MPQDMConfig, steps: int) -> LayerDraft:
     module, body = layer.module, layer.role == "body"
     weight: Tensor = module.weight  # type: ignore[assignment]
     rows = to_rows(module, weight.detach()).float()
@@ -286,7 +363,7 @@ def _draft(layer: Layer, collector: InputCollector, config: MPQDMConfig, steps: 
     errors, energy = None, 0.0
     if body and len(config.choices) > 1:
         errors, energy = _row_errors(module, inputs, act_scale, act_zero, act_bits, rows, config)
-    return _Draft(
+    return LayerDraft(
         rows=rows,
         smooth=smooth,
         act_bits=act_bits,
@@ -380,48 +457,20 @@ def _traces(
     return hessian_traces(model, sampler, body, config, tell)
 
 
-def _finish(
-    layers: Mapping[str, Layer],
-    drafts: Mapping[str, _Draft],
-    config: MPQDMConfig,
-    result: Calibration,
-    traces: Mapping[str, float],
-) -> None:
-    """Allocate the bits and find the weights' scales."""
-    bits = _allocate(layers, drafts, config, traces)
-    for name, draft in drafts.items():
-        role = layers[name].role
-        flat = draft.rows.flatten(1)
-        widths = bits.get(name)
-        if widths is None:
-            widths = torch.full((len(flat),), _weight_bits(role, config))
-        method: Any = config.scale_method
-        scale, zero = storable(
-            *init_scale(flat, widths.to(flat.device), method=method, name=f"{name}.weight")
-        )
-        result.plans[name] = LayerPlan(
-            role=role, bits=widths, scale=scale, zero=zero, smooth=draft.smooth,
-            act_bits=draft.act_bits, act_scale=draft.act_scale, act_zero=draft.act_zero,
-        )  # fmt: skip
-        if draft.errors is not None:
-            result.errors[name] = draft.errors
-        if draft.dead:
-            result.dead_channels[name] = draft.dead
-
-
-def _allocate(
-    layers: Mapping[str, Layer],
-    drafts: Mapping[str, _Draft],
-    config: MPQDMConfig,
-    traces: Mapping[str, float],
-) -> dict[str, Tensor]:
+def _allocate(found: Measurement, config: MPQDMConfig) -> dict[str, Tensor]:
     """Return the bits of the rows of the body's layers."""
-    body = {name: draft for name, draft in drafts.items() if layers[name].role == "body"}
-    if traces:
+    layers = found.layers
+    body = {name: draft for name, draft in found.drafts.items() if layers[name].role == "body"}
+    if config.allocation == "hawq" and found.traces:
         from mpq_dm.hawq import whole_layers
 
         parts = [
-            (draft.rows, draft.smooth, getattr(layers[name].module, "groups", 1), traces[name])
+            (
+                draft.rows,
+                draft.smooth,
+                getattr(layers[name].module, "groups", 1),
+                found.traces[name],
+            )
             for name, draft in body.items()
         ]
         return dict(zip(body, whole_layers(parts, config), strict=True))
@@ -433,5 +482,5 @@ def _allocate(
         whole = config.allocation == "exact-layers"
         tables.append(draft.errors / (len(draft.rows) * draft.energy) if whole else draft.errors)
     weights = [draft.rows.flatten(1).cpu() for draft in body.values()]
-    found = allocate(weights, config, errors=tables or None)
-    return {name: torch.from_numpy(bits) for name, bits in zip(body, found, strict=True)}
+    chosen = allocate(weights, config, errors=tables or None)
+    return {name: torch.from_numpy(bits) for name, bits in zip(body, chosen, strict=True)}

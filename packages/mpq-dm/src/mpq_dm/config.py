@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of a quantization, shared by API, command line and records."""
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
 from tenfold_core.errors import ConfigError
 
-__all__ = ["ALLOCATIONS", "METHODS", "MPQDMConfig", "MixConfig", "method_config"]
+__all__ = [
+    "ALLOCATIONS",
+    "METHODS",
+    "MPQDMConfig",
+    "MixConfig",
+    "method_config",
+    "parse_settings",
+]
 
 ALLOCATIONS = ("uniform", "kurtosis", "exact", "exact-layers", "hawq")
 
@@ -85,6 +94,8 @@ class MPQDMConfig(MixConfig):
     """First scales of inputs: step (each sampling step its own) or pooled (all steps one)."""
     rounding: str = "nearest"
     """nearest, or adaround: learned block by block from the calibration inputs."""
+    rounding_steps: int = 20_000
+    """Steps of learned rounding for each block."""
     cache_temb: bool = False
     """Replace the embedding of the timestep by a table of its values at the sampling steps."""
     omq_scale_method: str | None = None
@@ -153,6 +164,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "calib_samples": (1, 1 << 30),
     "calib_bytes": (1, 1 << 50),
     "smooth_alpha": (0, 1),
+    "rounding_steps": (1, 1 << 40),
     "trajectories": (0, 1 << 40),
     "rank": (1, 1 << 16),
     "lora_lr": (0, 1e6),
@@ -203,3 +215,21 @@ def method_config(method: str, **settings: Any) -> MPQDMConfig:
         if name not in known:
             raise ConfigError(f"no setting {name!r}, expected one of {', '.join(sorted(known))}")
     return MPQDMConfig(**METHODS[method] | settings)
+
+
+def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
+    """Return settings written as `name=value`; values are JSON, or else text.
+
+    Raises:
+        ConfigError: a pair has no name or no value.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, sign, text = pair.partition("=")
+        if not name or not sign or not text:
+            raise ConfigError(f"--set {pair}: expected name=value")
+        try:
+            found[name.replace("-", "_")] = json.loads(text)
+        except ValueError:
+            found[name.replace("-", "_")] = text
+    return found

@@ -3,7 +3,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tenfold_core.quant.state import replace_module
 from tenfold_core.run.seeds import torch_generator
 from torch import Tensor, nn
 
-from mpq_dm.calibration import Calibration, calibrate, check_model
+from mpq_dm.calibration import Calibration, Progress, calibrate, check_model
 from mpq_dm.checkpoint import Checkpoints
 from mpq_dm.config import MPQDMConfig
 from mpq_dm.finetune import FineTuner, TrajectoryLoss
@@ -25,7 +25,7 @@ from mpq_dm.operators import LINEAR
 from mpq_dm.sampler import LatentSampler, PipelineSampler, Sampler, called_timesteps
 from mpq_dm.summary import QuantReport, describe
 
-__all__ = ["QuantResult", "make_sampler", "make_student", "quantize"]
+__all__ = ["Progress", "QuantResult", "make_sampler", "make_student", "quantize"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def quantize(
     sampler: Sampler | None = None,
     checkpoint_dir: str | Path | None = None,
     resume_from: str | Path | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> QuantResult:
     """Quantize a diffusion model; the model given stays as it is.
 
@@ -108,6 +108,7 @@ def make_sampler(
     scheduler: Any = None,
     conditions: Mapping[str, Any] | None = None,
     labels: Sequence[int] | None = None,
+    negative: Mapping[str, Any] | None = None,
 ) -> Sampler:
     """Return the sampler for a pipeline, or for a bare denoiser and a scheduler.
 
@@ -118,6 +119,7 @@ def make_sampler(
         conditions: lists or tensors by name, one entry per condition: arguments of the pipeline's
             call (`prompt`, `prompt_embeds`, ...) or of the denoiser (`encoder_hidden_states`, ...).
         labels: class labels to draw from: `class_labels` of either.
+        negative: with a bare denoiser and guidance, its arguments without a condition.
 
     Raises:
         ConfigError: a bare denoiser without a scheduler, or of unknown input size.
@@ -133,8 +135,9 @@ def make_sampler(
     if scheduler is None:
         raise ConfigError("a denoiser without its pipeline needs a scheduler; give scheduler=")
     return LatentSampler(
-        scheduler=scheduler, latent_shape=_latent_shape(pipe_or_model), labels=labels, **settings
-    )
+        scheduler=scheduler, latent_shape=_latent_shape(pipe_or_model), labels=labels,
+        negative=dict(negative or {}), **settings,
+    )  # fmt: skip
 
 
 def make_student(
@@ -222,7 +225,7 @@ def _finetune(
     *,
     checkpoints: Checkpoints | None,
     resume: bool,
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress | None,
 ) -> list[TrajectoryLoss]:
     body = {name: layer for name, layer in layers.items() if layer.plan.role == "body"}
     losses: list[TrajectoryLoss] = []

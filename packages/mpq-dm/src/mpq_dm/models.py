@@ -1,15 +1,139 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read a diffusers model from a folder: of the model itself, or of a pipeline that has one."""
+"""Open what users name: a pipeline, a denoiser with its scheduler, a single file, a hub id."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tenfold_core.errors import InputError
 
-__all__ = ["load_model", "model_folder"]
+__all__ = ["Source", "load_model", "model_folder", "open_source"]
 
 DENOISERS = ("transformer", "unet")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A diffusion model as it was found.
+
+    Attributes:
+        model: the denoiser, in float32 on the CPU.
+        component: its name in a pipeline, unet or transformer.
+        pipe: the pipeline, if it is one that diffusers can run.
+        scheduler: the scheduler of the pipeline, or the one beside the denoiser.
+    """
+
+    model: Any
+    component: str
+    pipe: Any = None
+    scheduler: Any = None
+
+    @property
+    def runnable(self) -> Any:
+        """The pipeline if there is one, else the denoiser."""
+        return self.model if self.pipe is None else self.pipe
+
+
+def open_source(
+    name: str | Path, *, config: str | Path | None = None, packed: bool = False
+) -> Source:
+    """Open a pipeline folder, a denoiser's folder, a .safetensors file, or a hub id.
+
+    Args:
+        name: what to open. A denoiser's scheduler is looked for in `scheduler` beside it.
+        config: the config.json of a single file's model.
+        packed: accept models that are quantized already.
+
+    Raises:
+        InputError: it is none of them, damaged, or quantized already.
+    """
+    path = Path(name)
+    if path.is_file():
+        return _open_file(path, config)
+    if not path.exists():
+        return _open_hub(str(name))
+    if (path / "model_index.json").is_file():
+        if not packed:
+            for part in DENOISERS:
+                if (path / part / "config.json").is_file():
+                    _require_plain(path / part)
+        return _from_pipeline(_pretrained_pipeline(path, str(path)))
+    folder = model_folder(path)
+    component = folder.name if folder.name in DENOISERS else "unet"
+    places = (path / "scheduler", folder.parent / "scheduler")
+    found = next((place for place in places if place.is_dir()), None)
+    scheduler = None if found is None else _scheduler(found)
+    return Source(model=load_model(path, packed=packed), component=component, scheduler=scheduler)
+
+
+def _open_file(path: Path, config: str | Path | None) -> Source:
+    if path.suffix in (".ckpt", ".bin", ".pt", ".pth", ".pkl"):
+        raise InputError(
+            f"{path}: pickle files are not read, expected .safetensors; convert it with the "
+            "library that wrote it, or with torch.load(weights_only=True)"
+        )
+    if path.suffix != ".safetensors" or config is None:
+        raise InputError(
+            f"{path}: a single file must be .safetensors and needs --config, the model's "
+            "config.json; or give the folder of the model"
+        )
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    kind, settings = _model_class(Path(config))
+    try:
+        model: Any = kind.from_config(settings)
+        model.load_state_dict(load_file(path))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{path}: {' '.join(str(error).split())[:300]}") from error
+    component = "unet" if "UNet" in kind.__name__ else "transformer"
+    return Source(model=model.to(torch.float32).eval(), component=component)
+
+
+def _open_hub(name: str) -> Source:
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"{name}: no such file or folder")
+    return _from_pipeline(_pretrained_pipeline(name, f"{name}: not a local folder; from the hub"))
+
+
+def _pretrained_pipeline(name: str | Path, where: str) -> Any:
+    import diffusers
+    import torch
+
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True
+        )
+    except (OSError, ValueError, AttributeError, ImportError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{where}: {text}; expected a folder written by save_pretrained"
+        ) from error
+
+
+def _from_pipeline(pipe: Any) -> Source:
+    for name in DENOISERS:
+        if getattr(pipe, name, None) is not None:
+            return Source(
+                model=getattr(pipe, name).eval(), component=name, pipe=pipe,
+                scheduler=getattr(pipe, "scheduler", None),
+            )  # fmt: skip
+    raise InputError(f"{type(pipe).__name__} has neither {' nor '.join(DENOISERS)}")
+
+
+def _scheduler(folder: Path) -> Any:
+    import diffusers
+
+    about = _config(folder / "scheduler_config.json")
+    kind = getattr(diffusers, str(about.get("_class_name")), None)
+    if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
+        raise InputError(
+            f"{folder / 'scheduler_config.json'}: _class_name is {about.get('_class_name')!r}, "
+            f"expected a scheduler of diffusers {diffusers.__version__}"
+        )
+    return kind.from_pretrained(folder)
 
 
 def model_folder(path: str | Path) -> Path:
@@ -32,32 +156,51 @@ def model_folder(path: str | Path) -> Path:
     )
 
 
-def load_model(path: str | Path) -> Any:
+def load_model(path: str | Path, *, packed: bool = False) -> Any:
     """Return the denoiser in a folder, in float32 on the CPU; only safetensors files are read.
+
+    Args:
+        path: the folder of the model, or one that has it as `unet` or `transformer`.
+        packed: accept a model that is quantized already.
 
     Raises:
         InputError: the folder holds no model that diffusers knows, or it is quantized already.
     """
     folder = model_folder(path)
-    config = _config(folder / "config.json")
-    name = config.get("_class_name")
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method")
-        raise InputError(f"{folder}: the model is quantized already ({method}), expected weights")
-    import diffusers
+    if not packed:
+        _require_plain(folder)
+    kind, _ = _model_class(folder / "config.json")
     import torch
 
-    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not isinstance(kind, type) or not issubclass(kind, diffusers.ModelMixin):
-        raise InputError(
-            f"{folder / 'config.json'}: _class_name is {name!r}, expected a model of diffusers "
-            f"{diffusers.__version__}"
-        )
     try:
         model: Any = kind.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
     except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{folder}: {' '.join(str(error).split())[:300]}") from error
     return model.eval()
+
+
+def _require_plain(folder: Path) -> None:
+    about = _config(folder / "config.json").get("quantization_config")
+    if about is not None:
+        method = about.get("quant_method") if isinstance(about, dict) else about
+        raise InputError(f"{folder}: the model is quantized already ({method}), expected weights")
+
+
+def _model_class(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Return the class that a config.json names, and the config."""
+    config = _config(path)
+    import diffusers
+
+    name = config.get("_class_name")
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not isinstance(kind, type) or not issubclass(kind, diffusers.ModelMixin):
+        raise InputError(
+            f"{path}: _class_name is {name!r}, expected a model of diffusers "
+            f"{diffusers.__version__}"
+        )
+    return kind, config
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -55,6 +55,23 @@ class QuantReport:
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(plain(asdict(self)), indent=1) + "\n")
 
+    def metrics(self) -> dict[str, tuple[float | None, str]]:
+        """Return the numbers for the record of the run, with their units."""
+        found: dict[str, tuple[float | None, str]] = {
+            "seconds": (self.seconds, "s"),
+            "bits_per_weight": (self.sizes["bits_per_weight"], "bit"),
+            "bytes": (self.sizes["accounted"], "B"),
+        }
+        mixed = [row for row in self.layers if row.get("error_uniform")]
+        for kind in ("kurtosis", "exact", "chosen"):
+            ratios = [row[f"error_{kind}"] / row["error_uniform"] for row in mixed]
+            if ratios:  # output error on calibration inputs, mean over layers
+                found[f"layer_error_{kind}_over_uniform"] = (float(np.mean(ratios)), "1")
+        if self.losses:
+            found["task_loss_first"] = (self.losses[0]["task"], "1")
+            found["task_loss_last"] = (self.losses[-1]["task"], "1")
+        return found
+
 
 def describe(
     model: nn.Module,

@@ -127,7 +127,7 @@ class _FakeQuant(torch.autograd.Function):
         inside = rounded == codes
         level = codes - zero
         ctx.shapes = [(part.shape, part.dtype) for part in (x, scale, zero)]
-        ctx.save_for_backward(inside, torch.addcmul(level, ratio, inside, value=-1), scale)
+        ctx.save_for_backward(inside, level - ratio.mul_(inside), scale)
         return scale * level
 
     @staticmethod
