@@ -7,7 +7,7 @@ import torch.nn.functional as F  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from tenfold_core.errors import InputError  # noqa: E402
-from tenfold_core.quant import integer_sums  # noqa: E402
+from tenfold_core.quant import integer_onednn, integer_sums  # noqa: E402
 from tenfold_core.quant.affine import dequantize  # noqa: E402
 from tenfold_core.quant.integer import (  # noqa: E402
     IntWeight,
@@ -275,14 +275,14 @@ def test_integer_zero_points_need_no_extra_row():
 
 
 def test_this_cpu_or_its_torch_says_which_way_is_exact():
-    assert isinstance(integer_sums.onednn_is_exact(), bool)
+    assert isinstance(integer_onednn.onednn_is_exact(), bool)
 
 
 def both_ways(monkeypatch, compute):
-    if not integer_sums.onednn_is_exact():
+    if not integer_onednn.onednn_is_exact():
         pytest.skip("oneDNN is not exact on this CPU")
     fast = compute()
-    monkeypatch.setattr(integer_sums, "_onednn_exact", False)
+    monkeypatch.setattr(integer_onednn, "_onednn_exact", False)
     return fast, compute()
 
 
@@ -363,9 +363,9 @@ def test_without_the_private_operators_the_sums_are_the_same(monkeypatch):
     weight = IntWeight.from_codes(codes_of(5, 4, 3, 3), scale=floats(5), zero=floats(5))
     settings = {"scale": torch.tensor(0.1), "zero": torch.tensor(3), "padding": 1}
     expected = int_conv2d(codes, weight, **settings)
-    monkeypatch.setattr(integer_sums, "_onednn_exact", None)
+    monkeypatch.setattr(integer_onednn, "_onednn_exact", None)
     monkeypatch.setattr(torch.ops, "onednn", object())
-    assert not integer_sums.onednn_is_exact()
+    assert not integer_onednn.onednn_is_exact()
     assert torch.equal(int_conv2d(codes, weight, **settings), expected)
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor
 
 from tenfold_core.errors import InputError
+from tenfold_core.quant.integer_fused import fused_layer, runs_fused
 from tenfold_core.quant.integer_sums import (
     MULTIPLE,
     conv_sums,
@@ -159,9 +160,15 @@ def int_linear(
     rows = codes.reshape(-1, weight.shape[1])
     if zero.numel() > 1:
         zero = zero.expand(*codes.shape[:-1], 1)
+    zero = zero.reshape(-1, 1).to(torch.int32)
+    if runs_fused(codes, 1, scale, bias, product=True):
+        image = rows.t()[None, :, :, None]
+        scales = scale.expand(*codes.shape[:-1], 1) if scale.numel() > 1 else scale
+        value = _fused(image, weight, scales, zero, bias, shape=(*weight.shape, 1, 1))
+        return value.permute(0, 2, 3, 1).reshape(*codes.shape[:-1], weight.shape[0])
     value, inputs = linear_sums(
         rows,
-        zero.reshape(-1, 1).to(torch.int32),
+        zero,
         weight.operand,
         weight.sums,
         narrow=weight.narrow,
@@ -314,6 +321,9 @@ def _convolve(
             f"{batch}; expected one, or one per sample"
         )
     output_size(codes.shape[2:], weight.shape[2:], stride, padding, dilation)
+    if runs_fused(codes, weight.groups, scale, bias):
+        where = {"stride": stride, "padding": padding, "dilation": dilation}
+        return _fused(codes, weight, scale, zero, bias, shape=weight.shape, **where)
     value, inputs = conv_sums(
         codes,
         zero.reshape(-1).to(torch.int32),
@@ -335,6 +345,27 @@ def _convolve(
     if bias is None:
         return value * factor
     return torch.addcmul(bias.to(torch.float32)[column], value, factor)
+
+
+def _fused(
+    codes: Tensor,
+    weight: IntWeight,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    **where: tuple[int, ...],
+) -> Tensor:
+    return fused_layer(
+        codes,
+        zero.reshape(-1).to(torch.int32),
+        scale.reshape(-1).to(torch.float32),
+        weight.operand,
+        weight.sums,
+        weight.scale,
+        weight.offset,
+        None if bias is None else bias.to(torch.float32),
+        **where,
+    )
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

@@ -11,17 +11,16 @@ one, 3 to 4 times faster than unfolding patches. Elsewhere patches are unfolded 
 ``torch._int_mm`` where that is exact, else by float32 products of few enough terms.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from tenfold_core.errors import InputError
+from tenfold_core.quant.integer_onednn import onednn_conv, onednn_is_exact, onednn_linear
 
 __all__ = ["conv_sums", "int8_product", "is_narrow", "linear_sums", "output_size"]
 
@@ -31,7 +30,6 @@ _MIN_ROWS = 24  # it also wants more than 16 rows
 _FLOAT_INNER = 1024  # 2**24 / 128**2: float32 sums of so many int8 products are exact
 _COLUMN_BYTES = 1 << 26  # unfolded patches are made in blocks of this size
 _int_mm_exact: bool | None = None
-_onednn_exact: bool | None = None
 
 
 def is_narrow(shifted: Int[Tensor, "out inner"]) -> bool:
@@ -47,8 +45,8 @@ def linear_sums(
     *,
     narrow: bool,
     inputs: bool,
-) -> tuple[Float[Tensor, "rows out"], Float[Tensor, "rows 1"] | None]:
-    """Return ``value`` and, if wanted, ``inputs`` of a linear layer.
+) -> tuple[Float[Tensor, "rows out"], Float[Tensor, "rows 1"]]:
+    """Return ``value`` and ``inputs`` of a linear layer.
 
     Args:
         codes: Activation codes.
@@ -56,12 +54,9 @@ def linear_sums(
         operand: Shifted weight codes, then a row of ones if ``inputs`` are wanted; padded.
         row_sums: Sum of each row of shifted codes.
         narrow: What :func:`is_narrow` says.
-        inputs: Whether ``inputs`` are wanted.
+        inputs: Whether ``inputs`` are wanted; an empty tensor stands for them if not.
     """
-    value, moved = torch.ops.tenfold_core.linear_sums(
-        codes, zero, operand, row_sums, narrow, inputs
-    )
-    return value, moved if inputs else None
+    return torch.ops.tenfold_core.linear_sums(codes, zero, operand, row_sums, narrow, inputs)
 
 
 def conv_sums(
@@ -78,9 +73,9 @@ def conv_sums(
     inputs: bool,
 ) -> tuple[
     Float[Tensor, "batch out new_height new_width"],
-    Float[Tensor, "batch groups new_height new_width"] | None,
+    Float[Tensor, "batch groups new_height new_width"],
 ]:
-    """Return ``value`` and, if wanted, ``inputs`` of a convolution, channels last in memory.
+    """Return ``value`` and ``inputs`` of a convolution, channels last in memory.
 
     Args:
         codes: Activation codes.
@@ -92,20 +87,19 @@ def conv_sums(
         padding: As there.
         dilation: As there.
         narrow: What :func:`is_narrow` says.
-        inputs: Whether ``inputs`` are wanted.
+        inputs: Whether ``inputs`` are wanted; an empty tensor stands for them if not.
     """
-    value, moved = torch.ops.tenfold_core.conv_sums(
+    return torch.ops.tenfold_core.conv_sums(
         codes, zero, operand, row_sums, shape, stride, padding, dilation, narrow, inputs
     )
-    return value, moved if inputs else None
 
 
 def output_size(
-    size: tuple[int, ...],
-    kernel: tuple[int, ...],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
 ) -> tuple[int, int]:
     """Return height and width of a convolution's output.
 
@@ -143,7 +137,7 @@ def int8_product(
 
 
 # Two operators: their schemas, their shapes for the compiler, a kernel for every device and a
-# faster one for CPUs. Inputs that are not wanted are an empty tensor.
+# faster one for CPUs.
 
 _LINEAR = "tenfold_core::linear_sums"
 _CONV = "tenfold_core::conv_sums"
@@ -223,9 +217,9 @@ def _linear_on_cpu(
     if not (codes.numel() and num_out and narrow and onednn_is_exact()):
         return _linear_by_product(codes, zero, operand, row_sums, narrow, inputs)
     if zero.shape[0] == 1:
-        value = _onednn_linear(codes, operand, num_out, row_sums * -float(zero))
+        value = onednn_linear(codes, operand, num_out, row_sums * -float(zero))
     else:
-        value = _onednn_linear(codes, operand, num_out, None)
+        value = onednn_linear(codes, operand, num_out, None)
         value -= zero.to(torch.float32) * row_sums
     if not inputs:
         return value, value.new_empty(0)
@@ -246,7 +240,7 @@ def _conv_on_cpu(
     layer = (operand, shape, stride, dilation)
     if zero.shape[0] > 1:
         x = _surrounded(codes, zero, padding)
-        value = _onednn_conv(x, *layer, None)
+        value = onednn_conv(x, *layer, None)
         value -= (zero.to(torch.float32)[:, None] * row_sums)[:, :, None, None]
     else:
         one, (down, right) = int(zero), padding
@@ -254,9 +248,9 @@ def _conv_on_cpu(
         if down or right:
             x = F.pad(x, (right, right, down, down), value=one)
         if narrow:
-            value = _onednn_conv(x, *layer, row_sums * -float(one))
+            value = onednn_conv(x, *layer, row_sums * -float(one))
         else:
-            value = _onednn_conv(x, *layer, None, one)
+            value = onednn_conv(x, *layer, None, one)
     if not inputs:
         return value, value.new_empty(0)
     moved = x.sum(1, keepdim=True, dtype=torch.int32)
@@ -270,112 +264,6 @@ torch.library.impl(_LINEAR, "CompositeExplicitAutograd", _linear_by_product)
 torch.library.impl(_CONV, "CompositeExplicitAutograd", _conv_by_columns)
 torch.library.impl(_LINEAR, "CPU", _linear_on_cpu)
 torch.library.impl(_CONV, "CPU", _conv_on_cpu)
-
-
-# oneDNN: sums of uint8 codes and int8 weights with scales of one
-
-
-@dataclass(frozen=True)
-class _Form:
-    """A weight in oneDNN's order, and the constants that its operators want beside it."""
-
-    weight: Tensor
-    scale: Tensor
-    zero: Tensor
-
-
-_forms = WeakTensorKeyDictionary()  # from an operand to its forms: they go when the operand goes
-
-
-def _onednn_linear(codes: Tensor, operand: Tensor, num_out: int, bias: Tensor | None) -> Tensor:
-    """Return ``sum qa qw + bias`` in float32, for a narrow weight."""
-
-    def make() -> _Form:
-        weight = operand[0, :num_out, : codes.shape[1]].contiguous()
-        return _form(torch.ops.onednn.qlinear_prepack(weight, None), num_out)
-
-    form = _remembered(operand, (num_out, codes.shape[1]), make)
-    return torch.ops.onednn.qlinear_pointwise(
-        codes.contiguous(), 1.0, 0, form.weight, form.scale, form.zero, bias,
-        1.0, 0, torch.float32, "none", [], "",
-    )  # fmt: skip
-
-
-def _onednn_conv(
-    x: Tensor, operand: Tensor, shape: Sequence[int], stride: Sequence[int],
-    dilation: Sequence[int], bias: Tensor | None, zero: int = 0,
-) -> Tensor:  # fmt: skip
-    """Return ``sum (qa - zero) qw + bias`` in float32; exact without bias, or if narrow."""
-    num_out, channels, *kernel = shape
-    if kernel == [1, 1] and tuple(stride) == (1, 1) and not zero:
-        # The order of a 1x1 convolution's weight depends on the image: a product's does not.
-        rows = x.permute(0, 2, 3, 1)
-        value = _onednn_linear(rows.reshape(-1, channels), operand, num_out, bias)
-        return value.view(*rows.shape[:3], num_out).permute(0, 3, 1, 2)
-
-    def make() -> _Form:
-        rows = operand[0, :num_out, : prod(shape[1:])]
-        weight = rows.reshape(num_out, *kernel, channels).permute(0, 3, 1, 2).contiguous()
-        return _form(_ordered_conv(weight, x, stride, dilation, zero), num_out)
-
-    key = (*shape, *stride, *dilation, zero > 0, x.shape if kernel == [1, 1] else None)
-    return _convolved(x, _remembered(operand, key, make), stride, dilation, bias, zero)
-
-
-def _remembered(operand: Tensor, key: tuple[object, ...], make: Callable[[], _Form]) -> _Form:
-    version = None if operand.is_inference() else operand._version
-    forms = _forms.setdefault(operand, {})
-    if forms.get("version", version) != version:
-        forms.clear()
-    forms["version"] = version
-    if key not in forms:
-        forms[key] = make()
-    return forms[key]
-
-
-def _form(weight: Tensor, num_out: int) -> _Form:
-    return _Form(weight, torch.ones(num_out), torch.zeros(num_out, dtype=torch.int64))
-
-
-def _ordered_conv(
-    weight: Tensor, x: Tensor, stride: Sequence[int], dilation: Sequence[int], zero: int
-) -> Tensor:
-    scale = torch.ones(len(weight))
-    return torch.ops.onednn.qconv_prepack(
-        weight, scale, 1.0, zero, stride, [0, 0], dilation, 1, x.shape
-    )
-
-
-def _convolved(
-    x: Tensor, form: _Form, stride: Sequence[int], dilation: Sequence[int],
-    bias: Tensor | None, zero: int,
-) -> Tensor:  # fmt: skip
-    return torch.ops.onednn.qconv2d_pointwise(
-        x, 1.0, zero, form.weight, form.scale, form.zero, bias, stride, [0, 0], dilation, 1,
-        1.0, 0, torch.float32, "none", [], "",
-    )  # fmt: skip
-
-
-def onednn_is_exact() -> bool:
-    """Try the extremes once, with and without a zero point, by one tap and by nine."""
-    global _onednn_exact
-    if _onednn_exact is None:
-        try:
-            _onednn_exact = all(_onednn_agrees(size, zero) for size in (1, 3) for zero in (0, 255))
-        except (AttributeError, NotImplementedError, RuntimeError):  # private: they may go
-            _onednn_exact = False
-    return _onednn_exact
-
-
-def _onednn_agrees(size: int, zero: int) -> bool:
-    signs = torch.tensor([-128, 127], dtype=torch.int8, device="cpu").repeat(16)
-    operand = signs[:, None].repeat(1, 64 * size * size)[None]
-    codes = torch.tensor([0, 255], dtype=torch.uint8, device="cpu").repeat(18).view(1, 6, 6, 1)
-    codes = codes.expand(1, 6, 6, 64).contiguous().permute(0, 3, 1, 2)
-    shape = (32, 64, size, size)
-    found = _onednn_conv(codes, operand, shape, (1, 1), (1, 1), None, zero)
-    weight = operand.view(32, 64, size, size).double()
-    return torch.equal(found.double(), F.conv2d(codes.double() - zero, weight))
 
 
 # Parts of both ways
