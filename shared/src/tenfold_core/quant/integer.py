@@ -188,8 +188,7 @@ def int_linear(
     if weight.offset is not None:
         value = torch.addcmul(value, weight.offset, inputs, value=-1)
     value = value.reshape(*codes.shape[:-1], weight.shape[0])
-    factor = scale.to(torch.float32) * weight.scale
-    return value * factor if bias is None else torch.addcmul(bias.to(torch.float32), value, factor)
+    return _scaled(value, scale.to(torch.float32) * weight.scale, bias)
 
 
 def int_conv2d(
@@ -353,9 +352,16 @@ def _convolve(
             inputs = inputs.repeat_interleave(weight.shape[0] // weight.groups, dim=1)
         value = torch.addcmul(value, weight.offset[column], inputs, value=-1)
     factor = scale.reshape(-1, 1, 1, 1).to(torch.float32) * weight.scale[column]
+    return _scaled(value, factor, None if bias is None else bias[column])
+
+
+def _scaled(value: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``value * factor + bias``, in the memory of ``value`` where nobody notices."""
+    needed = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    out = None if needed or factor.dim() > value.dim() else value
     if bias is None:
-        return value * factor
-    return torch.addcmul(bias.to(torch.float32)[column], value, factor)
+        return torch.mul(value, factor, out=out)
+    return torch.addcmul(bias.to(torch.float32), value, factor, out=out)
 
 
 def _fused(
