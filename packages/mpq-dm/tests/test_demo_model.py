@@ -87,7 +87,7 @@ def test_the_classifier_knows_held_out_digits(classifier, parts, log):
 def test_the_log_tells_of_a_trained_model(log):
     losses = [loss for _, loss in log["loss"]]
     assert log["loss"][-1][0] == log["steps"]
-    assert losses[-1] < 0.4 * losses[0]
+    assert losses[-1] < 0.6 * losses[0]
     assert log["quality"]["class_accuracy"] >= 0.9
     assert log["kurtosis"]["median"] > 2.5  # the initialiser's is 1.8
 
