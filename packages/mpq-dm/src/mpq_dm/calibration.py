@@ -24,6 +24,7 @@ from tenfold_core.quant.smoothing import smooth_scale, smooth_weight, weight_cha
 from tenfold_core.run.seeds import torch_generator
 from torch import Tensor, nn
 
+from mpq_dm.adaround import skip_splits, split_smooth
 from mpq_dm.allocation import allocate
 from mpq_dm.config import MPQDMConfig
 from mpq_dm.operators import apply_weight, channel_axis, to_rows
@@ -138,7 +139,7 @@ def measure(
 ) -> Measurement:
     """Run the calibration trajectories; arguments as `calibrate`.
 
-    The result serves every allocation of the same bits, scales and pre-scaling.
+    The result serves every allocation of the same bits, scales, pre-scaling and rounding.
     """
     check_model(model)
     layers, halves, left = _to_quantize(model, sampler, config)
@@ -146,6 +147,7 @@ def measure(
     found = {name: layer for name, (layer, _) in layers.items()}
     tell = progress or (lambda *_: None)
     drafts: dict[str, LayerDraft] = {}
+    splits = skip_splits(model) if config.rounding == "adaround" else {}
     for group in _passes(sizes, list(found), len(timesteps), config):
         parts = {name: found[name].module for name in group}
         # twice the samples: guidance may double the batch
@@ -154,7 +156,7 @@ def measure(
         most_bytes = min(config.calib_bytes, max(wanted, least))
         collector = _collect(model, sampler, timesteps, parts, most_bytes, config, tell)
         for name in group:
-            drafts[name] = _draft(found[name], collector, config, len(timesteps))
+            drafts[name] = _draft(found[name], collector, config, len(timesteps), splits.get(name))
             collector.drop(name)
             tell("layers", len(drafts), len(found))
     traces = _traces(model, sampler, found, config, tell)
@@ -344,20 +346,26 @@ def _collect(
     return collector
 
 
-def _draft(layer: Layer, collector: InputCollector, config: MPQDMConfig, steps: int) -> LayerDraft:
+def _draft(
+    layer: Layer,
+    collector: InputCollector,
+    config: MPQDMConfig,
+    steps: int,
+    split: int | None = None,
+) -> LayerDraft:
     module, body = layer.module, layer.role == "body"
     weight: Tensor = module.weight  # type: ignore[assignment]
     rows = to_rows(module, weight.detach()).float()
     groups = getattr(module, "groups", 1)
     xmax, wmax = collector.channel_max(layer.name), weight_channel_max(rows, groups=groups).cpu()
     smooth = _smooth(xmax, wmax, config.smooth_alpha, rows.device)
+    act_bits = config.act_bits if body else 8
+    inputs = [collector.inputs(layer.name, step).float().to(rows.device) for step in range(steps)]
+    if split is not None:
+        smooth = split_smooth(inputs, smooth, split, bits=act_bits, method=config.scale_method)
     if smooth is not None:
         rows = smooth_weight(rows, smooth, groups=groups)
-    inputs = [
-        _scaled(collector.inputs(layer.name, step).float().to(rows.device), smooth, module)
-        for step in range(steps)
-    ]
-    act_bits = config.act_bits if body else 8
+    inputs = [_scaled(x, smooth, module) for x in inputs]
     pooled = config.act_init == "pooled" or layer.role in _EDGE_ROLES
     act_scale, act_zero = _input_scales(inputs, act_bits, config.scale_method, pooled)
     errors, energy = None, 0.0

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, UInt8
 from tenfold_core.quant.activations import StepwiseActQuant, TimestepContext
-from tenfold_core.quant.affine import LearnableAffine, fake_quant, max_code, quantize, storable
+from tenfold_core.quant.affine import (
+    LearnableAffine,
+    dequantize,
+    fake_quant,
+    max_code,
+    quantize,
+    storable,
+)
 from tenfold_core.quant.lowrank import LowRankDelta
 from tenfold_core.quant.smoothing import smooth_weight
 from torch import Tensor, nn
@@ -57,6 +64,8 @@ class QuantLayer(nn.Module):
         if rank and generator is not None:
             self.lora = LowRankDelta(self.rows.shape, rank, generator=generator)
         self._fixed: Tensor | None = None
+        self.codes: Tensor | None = None
+        """Learned codes of the weight, in its shape; None to round to nearest."""
 
     rows: Tensor
     smooth: Tensor | None
@@ -78,7 +87,10 @@ class QuantLayer(nn.Module):
         return smooth_weight(rows, self.smooth, groups=groups)
 
     def quantized_rows(self) -> Float[Tensor, "out in *kernel"]:
-        """Return `Q((W + B A) s)`."""
+        """Return `Q((W + B A) s)`, or what the learned codes stand for."""
+        if self.codes is not None:
+            scale, zero = storable(self.weight_quant.scale, self.weight_quant.zero)
+            return dequantize(self.codes.flatten(1), scale, zero).view_as(self.rows)
         rows = self.smoothed_rows()
         return self.weight_quant(rows.flatten(1)).view_as(rows)
 
@@ -100,12 +112,18 @@ class QuantLayer(nn.Module):
         with torch.no_grad():
             self._fixed = self.quantized_rows() if fixed else None
 
+    def use_rows_(self, rows: Float[Tensor, "out in *kernel"] | None) -> None:
+        """Compute with these rounded weights, whose gradients are kept; None ends that."""
+        self._fixed = rows
+
     @torch.no_grad()
     def finish(self) -> tuple[LayerPlan, UInt8[Tensor, "out in *kernel"]]:
         """Return the plan with the scales as they are now, as a file holds them, and the codes."""
         scale, zero = storable(self.weight_quant.scale, self.weight_quant.zero)
-        rows = self.smoothed_rows()
-        codes = quantize(rows.flatten(1), scale, zero, self.weight_quant.qmax)
+        codes = self.codes
+        if codes is None:
+            rows = self.smoothed_rows()
+            codes = quantize(rows.flatten(1), scale, zero, self.weight_quant.qmax)
         act = self.act_quant
         plan = replace(
             self.plan,
@@ -114,7 +132,7 @@ class QuantLayer(nn.Module):
             act_scale=(act.initial * torch.exp(act.rho)).detach().clone(),
             act_zero=act.offset.detach().round().clamp(0, act.qmax),
         )
-        return plan, codes.view_as(rows)
+        return plan, codes.view_as(self.rows)
 
     @torch.no_grad()
     def start_from_residual_(self) -> None:

@@ -16,6 +16,7 @@ from tenfold_core.quant.state import replace_module
 from tenfold_core.run.seeds import torch_generator
 from torch import Tensor, nn
 
+from mpq_dm.adaround import learn_rounding
 from mpq_dm.calibration import Calibration, Progress, calibrate, check_model
 from mpq_dm.checkpoint import Checkpoints
 from mpq_dm.config import MPQDMConfig
@@ -24,6 +25,7 @@ from mpq_dm.layers import QuantLayer
 from mpq_dm.operators import LINEAR
 from mpq_dm.sampler import LatentSampler, PipelineSampler, Sampler, called_timesteps
 from mpq_dm.summary import QuantReport, describe
+from mpq_dm.temb_cache import cache_timestep
 
 __all__ = ["Progress", "QuantResult", "make_sampler", "make_student", "quantize"]
 
@@ -83,6 +85,8 @@ def quantize(
     model, pipe = _denoiser(pipe_or_model)
     check_model(model)
     timesteps = called_timesteps(model, sampler)
+    if config.cache_temb:
+        model = cache_timestep(model, sampler, timesteps)
     folder = resume_from or checkpoint_dir
     checkpoints = Checkpoints(folder, config, model, timesteps) if folder else None
     found = checkpoints.load_calibration() if checkpoints and resume_from else None
@@ -95,6 +99,10 @@ def quantize(
         model, student, layers, sampler, config, len(timesteps),
         checkpoints=checkpoints, resume=resume_from is not None, progress=progress,
     )  # fmt: skip
+    if config.rounding == "adaround":
+        learned = learn_rounding(model, student, layers, sampler, timesteps, config, progress)
+        for name, codes in learned.items():
+            layers[name].codes = codes
     packed = pack(student, layers, found, timesteps, config, sampler)
     seconds = time.perf_counter() - started
     report = describe(model, packed, found, config, timesteps, losses, seconds=seconds)
@@ -210,6 +218,8 @@ def pack(
 
 
 def _rounded(layer: QuantLayer, plan: Any) -> Tensor:
+    if layer.codes is not None:
+        return layer.quantized_rows()
     rows = layer.smoothed_rows().detach()
     most = max_code(plan.bits.to(rows.device))
     return fake_quant(rows.flatten(1), plan.scale, plan.zero, most).view_as(rows)
