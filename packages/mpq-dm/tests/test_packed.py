@@ -204,7 +204,7 @@ def test_inputs_may_hold_several_items_of_a_sample(context, packed):
     found = layer(x)
     context.set_(torch.tensor([999.0] * 3 + [1.0] * 3))
     assert torch.equal(found, layer(x))
-    context.set_(torch.tensor([999.0] * 4))
+    context.set_(torch.tensor([999.0, 999.0, 1.0, 1.0]))
     with pytest.raises(InputError, match=r"first axis of \(6, 6\) is no multiple of the 4"):
         layer(x)
 
@@ -360,7 +360,7 @@ class Two(nn.Module):
 @pytest.mark.skipif(
     hasattr(ActQuant.forward, "__wrapped__"), reason="torch.compile cannot trace the type checks"
 )
-@pytest.mark.parametrize("mode", ["int8", "dequant"])
+@pytest.mark.parametrize("mode", MODES)
 def test_it_compiles_as_one_graph_for_every_step(mode, context, packed):
     model = Two(packed("grouped"), packed(nn.Linear(7, 5)), context)
     set_mode(model, mode)

@@ -12,6 +12,7 @@ has its input.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -284,8 +285,8 @@ class PackedLayer(nn.Module):
         self._act_scale = float_of(self.act_scale, torch.float32).to(device)
         self._act_zero = self.act_zero.float().to(device)
         self._smooth = None if self.smooth is None else _float(self.smooth).to(device)
-        if self.integer and self.mode == "int8":
-            self._int_weight = self._as_int_weight(self._codes_of_weight()).to(device)
+        if self.integer and self.mode != "dequant":
+            self._int_weight = self._as_int_weight().to(device)
         elif self.mode != "packed":
             self._float_rows = self.quantized_rows().to(device)
 
@@ -303,8 +304,8 @@ class PackedLayer(nn.Module):
         if x.dim() == len(self.shape) - 1 > 1:  # a convolution without a batch
             return self(x[None])[0]
         codes, scale, zero = self.codes(x)
-        if self.integer and self.mode != "dequant":
-            return self._integer_product(codes, scale, zero).to(x.dtype)
+        if self._int_weight is not None:
+            return self._product(self._int_weight, codes, scale, zero).to(x.dtype)
         rows = self.quantized_rows().to(x.device) if self._float_rows is None else self._float_rows
         bias = None if self.bias is None else self.bias.float()
         with torch.autocast(x.device.type, enabled=False):
@@ -336,10 +337,10 @@ class PackedLayer(nn.Module):
         codes = activation_codes(x, multiplier, zero, qmax, channel_axis=axis)
         return codes, scale.reshape(spread), zero.reshape(spread)
 
-    def _integer_product(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        weight = self._int_weight
-        if weight is None:
-            weight = self._as_int_weight(self._codes_of_weight()).to(codes.device)
+    def _product(self, weight: IntWeight, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        if self.mode == "packed":
+            made = self._codes_of_weight().to(codes.device)
+            weight = weight.with_codes(made, _float(self.zero).to(codes.device))
         settings: dict[str, Any] = {"scale": scale, "zero": zero, "bias": self.bias}
         if len(self.shape) == 2:
             return int_linear(codes, weight, **settings)
@@ -351,9 +352,14 @@ class PackedLayer(nn.Module):
             settings[name] = settings[name][0]
         return int_conv1d(codes, weight, **settings)
 
-    def _as_int_weight(self, codes: Tensor) -> IntWeight:
-        scale, zero = _float(self.scale).to(codes.device), _float(self.zero).to(codes.device)
-        return IntWeight.from_codes(codes, scale=scale, zero=zero, groups=self._groups)
+    def _as_int_weight(self) -> IntWeight:
+        """Return the weight ready for products, but without the codes if they stay packed."""
+        codes = self._codes_of_weight()
+        scale, zero = _float(self.scale), _float(self.zero)
+        weight = IntWeight.from_codes(codes, scale=scale, zero=zero, groups=self._groups)
+        if self.mode == "packed":
+            return replace(weight, operand=weight.operand.new_empty(0))
+        return weight
 
     def quantized_rows(self) -> Float[Tensor, "out in *kernel"]:
         """Return the pre-scaled weight that is stored, `Q(W s)`, in float32."""
