@@ -28,7 +28,6 @@ from mpq_dm.metrics import (
     bootstrap_ci,
     bops,
     class_accuracy,
-    frechet_at_infinity,
     frechet_distance,
     kernel_distance,
     paired_error,
@@ -250,6 +249,7 @@ def distances(
     other: NDArray[np.float64],
     *,
     equal: int | None = None,
+    classes: Int[Tensor, " other"] | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
     """Return the distances of a set of features from those of real images.
@@ -257,8 +257,10 @@ def distances(
     Args:
         real: features of the real images of reference.
         other: features of generated images, or of other real ones for the floor.
-        equal: sets are also compared by so many images of `other`, by default all: distances of
-            sets of different sizes cannot be compared.
+        equal: sets are also compared by so many images of `other`, by default half of them:
+            distances of sets of different sizes cannot be compared.
+        classes: classes of `other`, if it has a fixed share of each: subsets are then drawn as if
+            each image had been drawn alone, or they would look closer than generated images can.
         seed: seed of all subsets.
 
     Returns:
@@ -272,28 +274,50 @@ def distances(
     for name, features in (("real", real), ("other", other)):
         if len(features) < LEAST_IMAGES:
             raise InputError(f"{name}: {len(features)} images, expected {LEAST_IMAGES} or more")
-    equal = len(other) if equal is None else equal
+    half = len(other) // 2
+    equal = half if equal is None else equal
     if not 2 <= equal <= len(other):
         raise ConfigError(f"equal is {equal}, expected 2 to {len(other)} of {len(other)} images")
     rng = generator(seed, "distances")
+
+    def drawn(count: int) -> float:
+        """Return the mean distance of draws of some images."""
+        draws = (_draw(classes, len(other), count, rng) for _ in range(REPEATS))
+        return float(np.mean([frechet_distance(other[rows], real) for rows in draws]))
+
     whole = frechet_distance(other, real)
-    parts = [
-        frechet_distance(other[rng.permutation(len(other))[:equal]], real)
-        for _ in range(REPEATS if equal < len(other) else 0)
-    ]
+    # FD(N) = FD + c / N, at two N
+    large, far = (len(other), whole) if classes is None else (half, drawn(half))
+    small = large // 2
     subsets = min(SUBSETS, min(len(real), len(other)) // 2)
     kid = kernel_distance(other, real, rng, subsets=subsets)
     few = [x[rng.permutation(len(x))[:MOST_IN_MANIFOLD]] for x in (real, other)]
     precision, recall = precision_recall(few[0], few[1])
     return {
         "frechet": whole,
-        "frechet_equal": float(np.mean(parts)) if parts else whole,
-        "frechet_infinity": frechet_at_infinity(other, real, rng, repeats=REPEATS),
+        "frechet_equal": drawn(equal),
+        "frechet_infinity": (large * far - small * drawn(small)) / (large - small),
         "kid": kid.value,
         "kid_error": kid.standard_error,
         "precision": precision,
         "recall": recall,
     }
+
+
+def _draw(
+    classes: Int[Tensor, " images"] | None, images: int, count: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Draw some rows of a set, their classes as if each had been drawn alone."""
+    order = rng.permutation(images)
+    if classes is None:
+        return order[:count]
+    labels = classes.numpy()
+    names, sizes = np.unique(labels, return_counts=True)
+    counts = np.minimum(rng.multinomial(count, sizes / images), sizes)
+    parts = [order[labels[order] == name][:few] for name, few in zip(names, counts, strict=True)]
+    taken = np.concatenate(parts)
+    rest = order[~np.isin(order, taken)]  # where a class had not enough
+    return np.concatenate((taken, rest[: count - len(taken)]))
 
 
 def feature_metrics(

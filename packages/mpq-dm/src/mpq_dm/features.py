@@ -164,7 +164,6 @@ def train_extractor(
     *,
     seed: int = 0,
     steps: int = STEPS,
-    device: str | torch.device = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Extractor:
     """Train a classifier of the images and return it with its accuracy on the part held out.
@@ -174,7 +173,6 @@ def train_extractor(
         held_out: images to judge it by; a warning is given where it knows less than 90 % of them.
         seed: seed of initialisation, images and noises.
         steps: optimiser steps.
-        device: where to train.
         progress: called after every step.
 
     Raises:
@@ -191,7 +189,7 @@ def train_extractor(
     _, channels, height, width = train.images.shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(generator(seed, "features/init").integers(2**31)))
-        net = ImageClassifier((channels, height, width), len(train.names)).to(device)
+        net = ImageClassifier((channels, height, width), len(train.names))
     stream = torch_generator(seed, "features/train")
     optimizer = torch.optim.AdamW(net.parameters(), RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2 * RATE, total_steps=steps + 1)
@@ -199,9 +197,7 @@ def train_extractor(
         rows = torch.randint(len(train), (BATCH_SIZE,), generator=stream)
         images = train.images[rows]
         noisy = images + NOISE * torch.randn(images.shape, generator=stream)
-        loss = functional.cross_entropy(
-            net(noisy.to(device)), train.labels[rows].to(device), label_smoothing=0.05
-        )
+        loss = functional.cross_entropy(net(noisy), train.labels[rows], label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
