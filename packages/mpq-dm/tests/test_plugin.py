@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.abc import MetaPathFinder
 
 import pytest
 import torch
@@ -146,6 +147,28 @@ def test_the_hook_waits_for_one_module_and_leaves(foreign):
     assert type(tables_of_tests.__loader__).__name__ == "SourceFileLoader"
     assert "plugin_of_tests" in sys.modules
     assert finders[0] not in sys.meta_path
+
+
+def test_a_second_import_of_the_package_and_a_like_minded_finder_do_no_harm(foreign, monkeypatch):
+    class Delegating(MetaPathFinder):
+        """Asks all finders in turn, as other packages' hooks do."""
+
+        def find_spec(self, fullname, path, target=None):
+            if fullname != "tables_of_tests":
+                return None
+            specs = (f.find_spec(fullname, path, target) for f in sys.meta_path if f is not self)
+            return next((spec for spec in specs if spec is not None), None)
+
+    sys.meta_path.insert(0, Delegating())
+    registration.register_with_diffusers()
+    monkeypatch.setattr(registration, "_Finder", type("_Finder", (registration._Finder,), {}))
+    registration.register_with_diffusers()
+    waiting = [f for f in sys.meta_path if type(f).__module__ == registration.__name__]
+    assert len(waiting) == 1
+    import tables_of_tests  # pyrefly: ignore[missing-import]
+
+    assert tables_of_tests.value == 3
+    assert "plugin_of_tests" in sys.modules
 
 
 def test_a_diffusers_we_do_not_fit_stays_usable(foreign):
@@ -359,6 +382,7 @@ def test_attaching_names_the_layer_that_does_not_fit(unet, plan_of):
 # --- what must not load -------------------------------------------------------------------------
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("change", "match"),
     [

@@ -58,8 +58,8 @@ def test_ten_percent_of_rows_one_bit_up_cost_five_megabytes_on_ldm_4():
     cost = 0
     for layer in layers:
         if layer.role == "body":
-            rows = torch.zeros(layer.rows).numpy()
-            raised = int((raise_rows(rows, rows + 2, 0.1) == 3).sum())
+            bits = torch.full((layer.rows,), 2).numpy()
+            raised = int((raise_rows(0.0 * bits, bits, 0.1) == 3).sum())
             shape = (layer.rows, layer.columns)
             uniform = packed_nbytes(shape, ((2, layer.rows),))
             order = 2 * layer.rows

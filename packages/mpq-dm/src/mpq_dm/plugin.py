@@ -140,7 +140,7 @@ def attach_packed(
     model: Any,
     layers: Mapping[str, tuple[LayerPlan, UInt8[Tensor, "out in *kernel"]]],
     *,
-    timesteps: Sequence[float],
+    timesteps: Sequence[int | float],
     weight_bits: int,
     act_bits: int,
     prediction_type: str | None = None,

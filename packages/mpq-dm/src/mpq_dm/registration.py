@@ -7,11 +7,11 @@ holds its tables of quantizers and registers when that has been executed.
 
 import sys
 import warnings
-from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 from tenfold_core.errors import MissingExtraError, TenfoldWarning
 
@@ -25,7 +25,8 @@ def register_with_diffusers() -> None:
     """Register now if diffusers is imported, else as soon as it is; again changes nothing."""
     if _TABLES in sys.modules:
         _register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    elif not any(type(finder).__module__ == __name__ for finder in sys.meta_path):
+        # by name: after a second import of this package the class is another
         sys.meta_path.insert(0, _Finder())
 
 
@@ -44,18 +45,23 @@ def _register() -> None:
 class _Finder(MetaPathFinder):
     """Let the other finders find the module, and follow its execution."""
 
+    def __init__(self) -> None:
+        self.searching = False  # another finder may ask all finders in turn, as this one does
+
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, fullname: str, path: Any, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _TABLES:
+        if fullname != _TABLES or self.searching:
             return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
-            if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader, self)
-                return spec
-        return None
+        self.searching = True
+        try:
+            specs = (finder.find_spec(fullname, path, target) for finder in sys.meta_path)
+            spec = next((spec for spec in specs if spec is not None), None)
+        finally:
+            self.searching = False
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self)
+        return spec
 
 
 class _Loader(Loader):
