@@ -165,8 +165,28 @@ def attach_packed(
         InputError: a plan does not fit its layer, or there is no such layer.
     """
     _check_mode(mode)
+    packed = _pack(model, layers, halves, TimestepContext(timesteps))
+    config = MPQDMQuantConfig(
+        weight_bits=weight_bits,
+        act_bits=act_bits,
+        timesteps=[float(step) for step in timesteps],
+        prediction_type=prediction_type,
+        modules={name: layer.entry.to_dict() for name, layer in packed.items()},
+    )
+    for name, layer in packed.items():
+        layer.mode = mode
+        replace_module(model, name, layer)
+    attach(model, config)
+
+
+def _pack(
+    model: nn.Module,
+    layers: Mapping[str, tuple[LayerPlan, Tensor]],
+    halves: Iterable[str],
+    context: TimestepContext,
+) -> dict[str, PackedLayer]:
+    """Return the packed layers by name; the model stays as it is."""
     roles = {layer.name: layer.role for layer in find_layers(model)[0]}
-    context = TimestepContext(timesteps)
     packed: dict[str, PackedLayer] = {}
     first: dict[int, str] = {}
     for name in (*layers, *halves):
@@ -181,19 +201,8 @@ def attach_packed(
         other = first.setdefault(id(module.weight), name)
         if other != name:
             _share(packed[other], layer, (other, name))
-        layer.mode = mode
         packed[name] = layer
-    config = MPQDMQuantConfig(
-        weight_bits=weight_bits,
-        act_bits=act_bits,
-        timesteps=[float(step) for step in timesteps],
-        prediction_type=prediction_type,
-        modules={name: layer.entry.to_dict() for name, layer in packed.items()}
-        | {name: table.entry() for name, table in table_layers(model)},
-    )
-    for name, layer in packed.items():
-        replace_module(model, name, layer)
-    attach(model, config)
+    return packed
 
 
 def _share(first: PackedLayer, second: PackedLayer, names: tuple[str, str]) -> None:
