@@ -14,11 +14,10 @@ from torch import nn
 
 diffusers = pytest.importorskip("diffusers")
 
-from diffusers.quantizers import PipelineQuantizationConfig, auto  # noqa: E402
+from diffusers.quantizers import PipelineQuantizationConfig  # noqa: E402
 from mpq_dm.packed import MODES, PackedLayer, packed_layers, set_mode  # noqa: E402
 from mpq_dm.plugin import (  # noqa: E402
     MPQDMQuantConfig,
-    MPQDMQuantizer,
     attach_packed,
     load,
     sampling_steps,
