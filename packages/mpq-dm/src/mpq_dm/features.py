@@ -52,11 +52,6 @@ class Embedding:
     def __len__(self) -> int:
         return len(self.features)
 
-    def take(self, rows: NDArray[np.int64]) -> "Embedding":
-        """Return the rows of some images, in that order."""
-        logits = None if self.logits is None else self.logits[rows]
-        return Embedding(self.features[rows], logits)
-
     @staticmethod
     def joined(parts: "list[Embedding]") -> "Embedding":
         """Return the rows of all parts, in order."""

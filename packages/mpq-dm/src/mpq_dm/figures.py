@@ -19,6 +19,8 @@ ROLE_COLORS = {
     "body": PALETTE["blue"], "input": PALETTE["orange"], "output": PALETTE["orange"],
     "time": PALETTE["green"], "skip": PALETTE["purple"],
 }  # fmt: skip
+MANY = 100
+"""Layers that are still told apart by eye."""
 Q10, MEDIAN, Q90, MOST = 1, 2, 3, 5
 """Places in a layer's quantiles of kurtosis."""
 GAUSSIAN, UNIFORM = 3.0, 1.8
@@ -34,9 +36,14 @@ def draw_kurtosis(path: str | Path, layers: Sequence[Row], *, dark: bool = False
         low, high = _range(layers)
         edges = np.geomspace(low, high, 25)
         for place, label, color in ((MEDIAN, "median", BASELINE), (Q90, "90 %", ACCENT)):
-            values = [layer["kurtosis"][place] for layer in layers]
+            values = np.array([layer["kurtosis"][place] for layer in layers], float)
             side.hist(
-                values, edges, orientation="horizontal", histtype="step", color=color, label=label
+                values[np.isfinite(values)],
+                edges,
+                orientation="horizontal",
+                histtype="step",
+                color=color,
+                label=label,
             )
         side.set(xlabel="layers", ylabel="kurtosis of a row", yscale="log", ylim=(low, high))
         side.legend(loc="upper right", title="of a layer's rows", fontsize=7, title_fontsize=7)
@@ -52,12 +59,12 @@ def _quantiles(axes: Any, layers: Sequence[Row]) -> None:
     """Draw 10 to 90 % of each layer's rows, the median and the largest, coloured by role."""
     told = set()
     for number, layer in enumerate(layers, start=1):
-        values, role = layer["kurtosis"], layer["role"]
+        values, role = np.array(layer["kurtosis"], float), layer["role"]  # none becomes NaN
         color = ROLE_COLORS.get(role, BASELINE)
         axes.vlines(number, values[Q10], values[Q90], color=color, linewidth=_line_width(layers))
         named = "in/out" if role in ("input", "output") else role
         axes.plot(
-            number, values[MEDIAN], ".", color=color, markersize=5,
+            number, values[MEDIAN], ".", color=color, markersize=5 if len(layers) <= MANY else 3,
             label=named if named not in told else None,
         )  # fmt: skip
         axes.plot(number, values[MOST], "_", color=color, markersize=4)
@@ -94,9 +101,10 @@ def draw_bits(path: str | Path, layers: Sequence[Row], *, dark: bool = False) ->
             xlim=(0.4, len(layers) + 0.6), ylim=(0, 100),
         )  # fmt: skip
         bottom = np.zeros(len(layers))
+        width = 0.9 if len(layers) <= MANY else 1.0  # gaps of many bars make a pattern
         for bits, color in zip(widths, colors, strict=True):
             shares = np.array([_share(layer, bits) for layer in layers])
-            axes.bar(numbers, shares, 0.9, bottom, color=color, label=str(bits), linewidth=0)
+            axes.bar(numbers, shares, width, bottom, color=color, label=str(bits), linewidth=0)
             bottom += shares
         axes.legend(
             title="bits", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True, fontsize=7
@@ -156,7 +164,7 @@ def draw_steps(path: str | Path, steps: Sequence[Row], *, dark: bool = False) ->
         axes.plot(timesteps, spread["mean"], ".-", color=ACCENT, linewidth=1.2)
         if len(timesteps) > 1 and timesteps[0] > timesteps[-1]:
             axes.invert_xaxis()
-        if np.nanmin(spread["mean"]) > 0:
+        if (spread["mean"] > 0).any():
             axes.set_yscale("log")
             _plain_log_ticks(axes)
 

@@ -90,6 +90,13 @@ def read_reference(
         images = read_images(data, size=image_size)
     _require_fit(data, images, shape)
     train, held_out = split(images)
+    compared, floored = (_only(part, classes) for part in (train, held_out))
+    for name, part in (("to compare with", compared), ("held out", floored)):
+        if len(part) < LEAST_IMAGES:
+            raise InputError(
+                f"{data}: {len(part)} images {name}, expected {LEAST_IMAGES} or more; a fifth of "
+                "each class that is sampled is held out"
+            )
     if features is not None:
         extractor = read_extractor(features)
     elif data == "digits":
@@ -97,18 +104,9 @@ def read_reference(
     else:
         extractor = train_extractor(train, held_out, seed=seed, progress=progress)
     extractor.to(device)
-    train, held_out = (_only(part, classes) for part in (train, held_out))
-    for name, part in (("to compare with", train), ("held out", held_out)):
-        if len(part) < LEAST_IMAGES:
-            raise InputError(
-                f"{data}: {len(part)} images {name}, expected {LEAST_IMAGES} or more; a fifth of "
-                "each class that is sampled is held out"
-            )
-    real, other = (extractor.embed(part.images) for part in (train, held_out))
+    real, other = (extractor.embed(part.images) for part in (compared, floored))
     equal = min(count, len(other) // 2)
-    floor = distances(
-        real.features, other.features, equal=equal, classes=held_out.labels, seed=seed
-    )
+    floor = distances(real.features, other.features, equal=equal, classes=floored.labels, seed=seed)
     return Reference(
         extractor=extractor,
         real=real,

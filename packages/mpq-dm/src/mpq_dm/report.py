@@ -117,12 +117,13 @@ def write_report(
         raise InputError(f"{out}: the folder {out.absolute().parent} does not exist")
     try:
         blocks = list(_blocks(folder.resolve().name, report, run, found, place))
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        drawn = _drawn(blocks)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{folder}: {type(error).__name__} {error} in report.json or eval.json, expected those "
             "that mpq-dm wrote"
         ) from error
-    return _write_html(blocks, out) if html else _write_markdown(blocks, out)
+    return (_write_html if html else _write_markdown)(blocks, drawn, out)
 
 
 def evaluation_lines(found: Json) -> list[str]:
@@ -362,7 +363,19 @@ def _figures() -> Any:
     return figures
 
 
-def _write_markdown(blocks: Sequence[Block], out: Path) -> list[Path]:
+def _drawn(blocks: Sequence[Block]) -> dict[str, str]:
+    """Return the SVG of every figure by its name."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for block in blocks:
+            if isinstance(block, Drawing):
+                path = Path(folder) / f"{block.name}.svg"
+                block.draw(path)
+                found[block.name] = path.read_text(encoding="utf-8")
+    return found
+
+
+def _write_markdown(blocks: Sequence[Block], drawn: Mapping[str, str], out: Path) -> list[Path]:
     written, parts = [], []
     for block in blocks:
         match block:
@@ -374,8 +387,7 @@ def _write_markdown(blocks: Sequence[Block], out: Path) -> list[Path]:
                 parts.append(markdown_table(block.columns, block.rows))
             case Drawing():
                 path = out.with_name(f"{out.stem}-{block.name}.svg")
-                block.draw(path)
-                written.append(path)
+                written.append(_save(path, drawn[block.name]))
                 parts.append(f"![{block.name}]({path.name})\n\n{block.caption}")
             case Picture():
                 path = Path(os.path.relpath(block.path, out.absolute().parent))
@@ -383,10 +395,9 @@ def _write_markdown(blocks: Sequence[Block], out: Path) -> list[Path]:
     return [*written, _save(out, "\n\n".join(parts))]
 
 
-def _write_html(blocks: Sequence[Block], out: Path) -> list[Path]:
+def _write_html(blocks: Sequence[Block], drawn: Mapping[str, str], out: Path) -> list[Path]:
     title = next((block.text for block in blocks if isinstance(block, Heading)), "")
-    with tempfile.TemporaryDirectory() as folder:
-        body = "\n".join(_html(block, Path(folder)) for block in blocks)
+    body = "\n".join(_html(block, drawn) for block in blocks)
     text = (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n"
@@ -395,7 +406,7 @@ def _write_html(blocks: Sequence[Block], out: Path) -> list[Path]:
     return [_save(out, text)]
 
 
-def _html(block: Block, folder: Path) -> str:
+def _html(block: Block, drawn: Mapping[str, str]) -> str:
     match block:
         case Heading():
             return f"<h{block.level}>{escape(block.text)}</h{block.level}>"
@@ -407,9 +418,7 @@ def _html(block: Block, folder: Path) -> str:
             body = "\n".join(f"<tr>{row}</tr>" for row in rows)
             return f"<table>\n<tr>{head}</tr>\n{body}\n</table>"
         case Drawing():
-            path = folder / f"{block.name}.svg"
-            block.draw(path)
-            svg = path.read_text(encoding="utf-8")
+            svg = drawn[block.name]
             return _html_figure(svg[svg.index("<svg") :], block.caption)  # without its doctype
         case Picture():
             data = base64.b64encode(block.path.read_bytes()).decode()
@@ -422,5 +431,5 @@ def _html_figure(inside: str, caption: str) -> str:
 
 def _save(path: Path, text: str) -> Path:
     with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
     return path
