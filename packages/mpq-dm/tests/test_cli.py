@@ -47,7 +47,7 @@ def test_analyze_takes_the_model_folder_and_prints_one_line_of_json(folder, caps
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["nowhere"], "nowhere: no such folder"),
+        (["nowhere"], "nowhere: no such file or folder"),
         (["{empty}"], "neither config.json nor"),
         (["{broken}"], "not readable as JSON"),
         (["{foreign}"], "_class_name is 'Nobody'"),

@@ -7,13 +7,22 @@ from typing import Any
 from mpq_dm.registration import register_with_diffusers
 
 _MODULE_OF = {
+    "LatentSampler": "sampler",
+    "MPQDMConfig": "config",
+    "MPQDMQuantConfig": "plugin",
     "MixConfig": "config",
+    "PipelineSampler": "sampler",
+    "QuantResult": "method",
+    "account": "sizes",
     "allocate": "allocation",
     "analyze": "analysis",
     "find_layers": "roles",
     "kurtosis": "omq",
     "load": "plugin",
     "load_model": "models",
+    "method_config": "config",
+    "quantize": "method",
+    "set_mode": "packed",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

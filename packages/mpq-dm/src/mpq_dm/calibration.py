@@ -43,7 +43,7 @@ __all__ = [
     "plan_layers",
 ]
 
-SAMPLE_ELEMENTS = 1 << 14  # of a layer's inputs at one step, for the search of their scale
+SAMPLE_ELEMENTS = 1 << 13  # of a layer's inputs at one step, for the search of their scale
 ERROR_ELEMENTS = 1 << 22  # of a layer's inputs and outputs, for the errors of its rows
 _EDGE_ROLES = ("input", "time", "output")
 

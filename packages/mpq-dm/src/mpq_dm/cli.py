@@ -6,55 +6,37 @@ stdout carries the result, stderr everything else; `--json` prints exactly one l
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from tenfold_core.run.cli import Positional, option
+from tenfold_core.run.cli import Command, Positional, option
 from tenfold_core.run.cli import main as run_command
 
-from mpq_dm.config import MixConfig, MPQDMConfig, method_config, parse_settings
+from mpq_dm.cli_options import (
+    NO_CONDITIONS,
+    Conditions,
+    Count,
+    Device,
+    Folder,
+    Json,
+    Mode,
+    Model,
+    Quiet,
+    progress_line,
+    say,
+)
+from mpq_dm.config import MPQDMConfig, method_config, parse_settings
 
 __all__ = ["main"]
 
-Json = Annotated[bool, option(name="json", help="print one line of JSON instead of a table")]
-Quiet = Annotated[bool, option(help="no progress on stderr")]
 Out = Annotated[Path | None, option("-o", metavar="DIR", help="folder for the record and the rows")]
-Folder = Annotated[Path, option("-o", metavar="DIR")]
-Model = Annotated[str, option(metavar="MODEL")]
 Bits = Annotated[int, option("-w", "--w", metavar="N")]
 ActBits = Annotated[int, option("-a", "--a", metavar="N")]
-Device = Annotated[str, option(metavar="auto|cpu|cuda[:N]", help="where to compute")]
 Settings = Annotated[
     tuple[str, ...],
     option(name="set", metavar="NAME=VALUE", help="any other setting of MPQDMConfig"),
 ]
-Mode = Annotated[str, option(metavar="int8|packed|dequant", help="how products are computed")]
-Count = Annotated[int, option("-n", metavar="N")]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conditions:
-    """What samples are conditioned on."""
-
-    labels: str | None = None
-    """Class labels to draw from, such as 0-9,12, or a file of one a line."""
-    negative_label: int | None = None
-    """The label that stands for no condition, for guidance of a denoiser without a pipeline."""
-    prompts: Path | None = None
-    """Text file of prompts to draw from, one a line."""
-    embeddings: Path | None = None
-    """Safetensors file of arguments to draw from, one entry per condition."""
-
-    def read(self) -> Any:
-        """Return the settings in the terms of `mpq_dm.quantizing`."""
-        from mpq_dm.quantizing import Conditioning
-
-        return Conditioning(**asdict(self))
-
-
-_NO_CONDITIONS = Conditions()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,32 +45,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def analyze(
-    model: Positional[Path],
+    model: Positional[Model],
     *,
     weight_bits: int = 2,
     omq_range: str = "paper",
+    calib: bool = False,
+    steps: int = 20,
+    conditions: Conditions = NO_CONDITIONS,
     out: Out = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Say per layer how heavy the outliers are and what mixed bits can buy.
 
-    No calibration is needed: errors are those of the weights, relative to their energy.
+    No calibration is needed: errors are those of the weights, relative to their energy. With
+    --calib they are those of the layers' outputs on what the sampler feeds them.
 
     Args:
-        model: folder of a diffusers model or pipeline.
+        model: folder of a pipeline or denoiser, or hub id.
         weight_bits: average bits of a weight, 2 to 8.
         omq_range: groups that may move, paper or official.
+        calib: sample with the model and measure output errors.
+        steps: sampling steps of --calib.
+        conditions: labels, prompts or embeddings to sample with.
         out: folder for the record and the rows.
         as_json: print one line of JSON instead of a table.
         quiet: no progress on stderr.
     """
-    config = MixConfig(weight_bits=weight_bits, omq_range=omq_range)
+    config = MPQDMConfig(weight_bits=weight_bits, omq_range=omq_range, steps=steps)
     from mpq_dm.analysis import analyze, totals
-    from mpq_dm.models import load_model
+    from mpq_dm.models import open_source
 
-    _say(f"reading {model}", quiet)
-    table = analyze(load_model(model), config)
+    say(f"reading {model}", quiet)
+    source = open_source(model)
+    sampler = None
+    if calib:
+        from mpq_dm.quantizing import sampler_for
+
+        sampler = sampler_for(source, conditions.read(), config)
+    table = analyze(source.model, config, sampler, None if quiet else progress_line())
     found = totals(table)
     metrics = {name: (value, "1", None) for name, value in found.items()}
     if out is not None:
@@ -109,44 +104,44 @@ def analyze(
     )
 
 
-def demo(*, out: Out = None, seed: int = 0, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Show what the allocation of bits does on layers whose outliers are known.
+def demo(
+    *,
+    out: Out = None,
+    seed: int = 0,
+    seeds: int = 1,
+    retrain: bool = False,
+    workers: int | None = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize the shipped diffusion model of digits by every method and compare, in 3 minutes.
 
     Args:
-        out: folder for the record and the rows.
-        seed: seed of the planted layers.
-        as_json: print one line of JSON instead of a table.
+        out: folder for the record, the rows and the pictures.
+        seed: seed of calibration and fine-tuning.
+        seeds: seeds of fine-tuning, one after the other, each with a whole table.
+        retrain: train the diffusion model first, a quarter of an hour, and use that one.
+        workers: processes of one thread that share the rows; by default one a core, at most 4.
+        as_json: print one line of JSON instead of tables.
         quiet: no progress on stderr.
     """
-    from mpq_dm.planted import compare
+    from tenfold_core.device import cpu_info
 
-    rows = []
-    for row in compare(seed):
-        rows.append(row)
-        _say(f"{row['case']}, W{row['bits']}", quiet)
-    metrics = {
-        f"gain_{name}_w{row['bits']}": (row[f"gain_{name}"], "1", "higher")
-        for row in rows
-        if row["case"] == "30 heavy rows"
-        for name in ("kurtosis", "exact")
-    }
-    if out is not None:
-        _record(out, "demo", {"seed": seed}, rows, metrics, seed=seed)
+    from mpq_dm.demo_command import run_demo
+
+    found = run_demo(
+        out, seed=seed, seeds=seeds, retrain=retrain,
+        workers=workers or min(4, cpu_info().usable_cores), say=lambda text: say(text, quiet),
+        command=["mpq-dm", *sys.argv[1:]],
+    )  # fmt: skip
     if as_json:
-        print(json.dumps({name: value for name, (value, _, _) in metrics.items()}))
+        print(json.dumps(found.numbers))
         return
     from tenfold_core.run.report import print_table
 
-    columns = ("layer of 100 rows", "bits", "uniform", "by kurtosis", "exact", "rows moved up")
-    cells = [
-        (
-            row["case"], row["bits"], f"{row['uniform']:.2f}",
-            f"{row['kurtosis']:.2f} ({-100 * row['gain_kurtosis']:+.0f} %)",
-            f"{row['exact']:.2f} ({-100 * row['gain_exact']:+.0f} %)", f"{row['moved']:.0f}",
-        )
-        for row in rows
-    ]  # fmt: skip
-    print_table(columns, cells, title="Weight error, mean of 5 layers", stream=sys.stdout)
+    for title, columns, cells in found.tables:
+        print_table(columns, cells, title=title, stream=sys.stdout)
+    print("\n".join(found.lines))
 
 
 def quantize(
@@ -166,7 +161,7 @@ def quantize(
     trd_rows: int | None = None,
     seed: int | None = None,
     settings: Settings = (),
-    conditions: Conditions = _NO_CONDITIONS,
+    conditions: Conditions = NO_CONDITIONS,
     config: Path | None = None,
     device: Device = "auto",
     resume: bool = False,
@@ -215,7 +210,7 @@ def quantize(
     result = quantize_to_folder(
         model, out, chosen, conditions.read(), model_config=config,
         device=str(resolve(device, via="torch")), resume=resume, overwrite=overwrite,
-        command=["mpq-dm", *sys.argv[1:]], progress=None if quiet else _progress(),
+        command=["mpq-dm", *sys.argv[1:]], progress=None if quiet else progress_line(),
     )  # fmt: skip
     numbers = {name: value for name, (value, _) in result.report.metrics().items()}
     if as_json:
@@ -224,8 +219,8 @@ def quantize(
     for name, value in numbers.items():
         print(f"{name:32} {value:.6g}" if isinstance(value, float) else f"{name:32} {value}")
     for name, why in result.report.left.items():
-        _say(f"left as it is: {name} ({why})", quiet)
-    _say(f"written: {out}", quiet)
+        say(f"left as it is: {name} ({why})", quiet)
+    say(f"written: {out}", quiet)
 
 
 def sample(
@@ -238,7 +233,7 @@ def sample(
     guidance: float = 1.0,
     eta: float = 0.0,
     batch_size: int = 16,
-    conditions: Conditions = _NO_CONDITIONS,
+    conditions: Conditions = NO_CONDITIONS,
     against: str | None = None,
     mode: Mode = "int8",
     device: Device = "auto",
@@ -275,13 +270,18 @@ def sample(
     found = sample_to_folder(
         model, out, config, conditions.read(), count=count, steps=steps, against=against,
         mode=mode, device=str(resolve(device, via="torch")), overwrite=overwrite,
-        command=["mpq-dm", *sys.argv[1:]], progress=None if quiet else _progress(),
+        command=["mpq-dm", *sys.argv[1:]], progress=None if quiet else progress_line(),
     )  # fmt: skip
     print(json.dumps(found) if as_json else "\n".join(f"{k:24} {v}" for k, v in found.items()))
 
 
 _VERBS = {
     "demo": demo, "analyze": analyze, "quantize": quantize, "sample": sample,
+    "eval": Command("mpq_dm.cli_evidence:evaluate", "What a quantized model lost, with intervals."),
+    "size": Command("mpq_dm.cli_evidence:size", "Account for every byte of a quantized model."),
+    "info": Command("mpq_dm.cli_evidence:info", "Say what is in the folder of a model."),
+    "report": Command("mpq_dm.cli_evidence:report", "Write the report of a quantized model."),
+    "bench": Command("mpq_dm.benchmark:bench", "Time a quantized model against the original."),
 }  # fmt: skip
 
 
@@ -320,26 +320,3 @@ def _record(
         for name, (value, unit, better) in metrics.items():
             record.metric(name, value, unit=unit, better=better)
         record.artefact(out / "rows.jsonl")
-
-
-def _say(text: str, quiet: bool) -> None:
-    if not quiet:
-        print(text, file=sys.stderr, flush=True)
-
-
-def _progress() -> Callable[[str, int, int], None]:
-    """Return what writes one changing line on a terminal, and a line now and then elsewhere."""
-    from tenfold_core.run.report import is_plain
-
-    plain, last = is_plain(), [""]
-
-    def show(what: str, done: int, total: int) -> None:
-        text = f"{what}: {done} of {total}"
-        if not plain:
-            print(f"\r\x1b[K{text}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-        elif done in (1, total) or done * 10 // total != (done - 1) * 10 // total:
-            if text != last[0]:
-                print(text, file=sys.stderr, flush=True)
-            last[0] = text
-
-    return show

@@ -167,11 +167,15 @@ def train_demo(
     return average.module.to(memory_format=torch.contiguous_format).eval()
 
 
-def load_demo() -> tuple[Any, Any]:
-    """Return the shipped diffusion model, float32 in evaluation mode, and its DDIM scheduler."""
+def load_demo(folder: Path = ASSETS) -> tuple[Any, Any]:
+    """Return the diffusion model, float32 in evaluation mode, and its DDIM scheduler.
+
+    Args:
+        folder: where `train_assets` wrote them; by default the shipped ones.
+    """
     from diffusers import DDIMScheduler
 
-    return load_model(ASSETS), DDIMScheduler.from_pretrained(ASSETS / "scheduler")
+    return load_model(folder), DDIMScheduler.from_pretrained(folder / "scheduler")
 
 
 class Classifier(nn.Module):

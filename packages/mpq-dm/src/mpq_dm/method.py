@@ -55,6 +55,7 @@ def quantize(
     sampler: Sampler | None = None,
     checkpoint_dir: str | Path | None = None,
     resume_from: str | Path | None = None,
+    calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> QuantResult:
     """Quantize a diffusion model; the model given stays as it is.
@@ -68,6 +69,8 @@ def quantize(
         sampler: takes the place of the three above.
         checkpoint_dir: where the state of fine-tuning is kept, so that it can be resumed.
         resume_from: such a folder; its calibration and state are taken up.
+        calibration: plans of the same model and bits, made by `calibrate` or `plan_layers`; taken
+            in place of calibrating.
         progress: called with what is being done, how much of it, of how much.
 
     Raises:
@@ -89,7 +92,7 @@ def quantize(
         model = cache_timestep(model, sampler, timesteps)
     folder = resume_from or checkpoint_dir
     checkpoints = Checkpoints(folder, config, model, timesteps) if folder else None
-    found = checkpoints.load_calibration() if checkpoints and resume_from else None
+    found = checkpoints.load_calibration() if checkpoints and resume_from else calibration
     if found is None:
         found = calibrate(model, sampler, timesteps, config, progress)
         if checkpoints:
@@ -166,6 +169,8 @@ def make_student(
             layer.start_from_residual_()
         layer.requires_grad_(body)
         layer.module.requires_grad_(False)
+        if not body:
+            layer.fix_()  # never trained: rounded once
         replace_module(student, name, layer)
         layers[name] = layer
     for name in found.halves:

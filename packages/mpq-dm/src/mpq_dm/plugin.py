@@ -171,7 +171,8 @@ def attach_packed(
         act_bits=act_bits,
         timesteps=[float(step) for step in timesteps],
         prediction_type=prediction_type,
-        modules={name: layer.entry.to_dict() for name, layer in packed.items()},
+        modules={name: layer.entry.to_dict() for name, layer in packed.items()}
+        | {name: table.entry() for name, table in table_layers(model)},
     )
     for name, layer in packed.items():
         layer.mode = mode

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """What calibration, fine-tuning and evaluation ask of a sampler."""
 
@@ -106,6 +107,12 @@ class LatentSampler:
                 other = torch.as_tensor(self.negative[name], dtype=value.dtype)
                 chosen[name] = torch.cat((other.expand_as(value), value))
         return {**chosen, **self.shared}
+
+    def timesteps(self) -> list[float]:
+        """Return what the denoiser is called with, in order."""
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler.set_timesteps(self.steps)
+        return (scheduler.timesteps.float() * self.timestep_scale).tolist()
 
     def noise(self, number: int) -> Float[Tensor, "batch ..."]:
         """Return the starting noise of trajectory `number`, before the scheduler's scale."""
@@ -245,8 +252,11 @@ def called_timesteps(model: nn.Module, sampler: Sampler) -> list[float]:
             if timestep not in found:
                 found.append(timestep)
 
-    with following(model, lambda call, _: follow(call.arguments["timestep"])):
-        sampler.trajectory(model, 0)
+    if isinstance(sampler, LatentSampler):
+        follow(sampler.timesteps())
+    else:
+        with following(model, lambda call, _: follow(call.arguments["timestep"])):
+            sampler.trajectory(model, 0)
     steps = [later - earlier for earlier, later in pairwise(found)]
     if steps and not (all(step > 0 for step in steps) or all(step < 0 for step in steps)):
         raise ConfigError(f"timesteps of the sampler are {found}, expected rising or falling ones")

@@ -133,7 +133,8 @@ def _layer(
     }
     if errors is None:
         return found
-    average, choices = config.weight_bits, config.choices
+    average = config.weight_bits
+    choices = (average - 1, average, average + 1)  # errors are measured for mixtures only
     error = table_error(errors, choices)
     paper = allocate_kurtosis(kappa, error, average, search=config.omq_range)
     exact = allocate_exact(errors, choices, average * len(errors))

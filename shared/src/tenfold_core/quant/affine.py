@@ -134,17 +134,26 @@ class _FakeQuant(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inside, slope, scale = ctx.saved_tensors
+        (for_x, x_dtype), (for_scale, scale_dtype), (for_zero, zero_dtype) = ctx.shapes
+        passed = gradient * inside
         found: list[Tensor | None] = [None, None, None, None]
-        for_x = gradient * inside
-        for place, (shape, dtype) in enumerate(ctx.shapes):
-            if not ctx.needs_input_grad[place]:
-                continue
-            if place == 0:
-                part = for_x
-            else:
-                part = gradient * slope if place == 1 else (for_x - gradient) * scale
-            found[place] = part.sum_to_size(shape).to(dtype)
+        if ctx.needs_input_grad[0]:
+            found[0] = passed.sum_to_size(for_x).to(x_dtype)
+        if ctx.needs_input_grad[1]:
+            found[1] = _sum_of_products(gradient, slope, for_scale).to(scale_dtype)
+        if ctx.needs_input_grad[2]:
+            lost = passed.sub_(gradient) if not ctx.needs_input_grad[0] else passed - gradient
+            found[2] = _sum_of_products(lost, scale, for_zero).to(zero_dtype)
         return tuple(found)
+
+
+def _sum_of_products(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
+    """Return `a * b` summed to a shape, without a copy where it is one number."""
+    if shape.numel() > 1 or a.dtype != b.dtype:
+        return (a * b).sum_to_size(shape)
+    if b.numel() == 1:
+        return (a.sum() * b).reshape(shape)
+    return torch.dot(a.reshape(-1), b.expand_as(a).reshape(-1)).reshape(shape)
 
 
 def quantize(
