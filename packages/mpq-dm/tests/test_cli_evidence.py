@@ -201,6 +201,25 @@ def test_a_program_of_the_user_gives_the_features(folders, capsys):
     assert "class_accuracy" not in found["original"]
 
 
+def test_pipelines_are_compared_as_the_images_they_return(
+    make_unet, scheduler, pack, tmp_path, capsys
+):
+    from diffusers import DDIMPipeline
+
+    unet = make_unet(num_class_embeds=None)
+    for name, model in (("plain", unet), ("packed", pack(copy.deepcopy(unet), TIMESTEPS))):
+        DDIMPipeline(model, scheduler).save_pretrained(tmp_path / name)
+    more = ["-n", 8, "--seeds", 1, "--batch-size", 8, "--data", "digits", "--json", "--quiet"]
+    folders = [tmp_path / "packed", "--against", tmp_path / "plain", "--out", tmp_path / "out"]
+    assert main("eval", *folders, *more) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["paired"]["mean"] < 4  # of images clipped to -1 to 1
+    assert found["quantized"]["frechet"]["mean"] > 0
+    assert "class_accuracy" not in found["quantized"]
+    assert main("info", tmp_path / "packed") == 0
+    assert "DDIMPipeline" in capsys.readouterr().out
+
+
 def test_only_the_classes_that_are_sampled_are_compared_with(folders, capsys):
     assert main(*arguments(folders), "--data", "digits", "--labels", "3,4", "--json") == 0
     found = json.loads(capsys.readouterr().out)

@@ -102,7 +102,9 @@ def test_step_errors_are_those_of_guided_predictions(unet, sampler):
             label = (class_labels < 9).float().view(-1, 1, 1, 1)
             return ((self.value * label).expand_as(sample),)
 
-    guided = replace(sampler, guidance=3.0, labels=[1], negative={"class_labels": [9]})
+    guided = replace(
+        sampler, guidance=3.0, labels=[1], negative={"class_labels": torch.tensor([9])}
+    )
     first, second = Constant(1.0), Constant(1.5)
     # (4.5 - 3)^2 = 2.25
     assert noise_errors(first, second, guided, 0) == [2.25] * 3

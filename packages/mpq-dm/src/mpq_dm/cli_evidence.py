@@ -180,11 +180,10 @@ def info(model: Positional[Path], *, as_json: Json = False) -> None:
         return
     width = max(map(len, found))
     for name, value in found.items():
+        lines = [f"{value:,}" if isinstance(value, int) else str(value)]
         if isinstance(value, Mapping):
-            value = "; ".join(f"{key} {part}" for key, part in value.items())
-        print(
-            f"{name:{width}}  {value:,}" if isinstance(value, int) else f"{name:{width}}  {value}"
-        )
+            lines = [f"{key:8}{part}" for key, part in value.items()]
+        print(f"{name:{width}}  " + f"\n{'':{width}}  ".join(lines))
 
 
 def describe_folder(path: Path) -> dict[str, Any]:

@@ -134,14 +134,7 @@ def evaluate_to_folder(
             part.to(device)
     owner = source if source.pipe is not None or source.scheduler is not None else original
     sampler = _as_images(sampler_for(owner, conditioning, settings))
-    reference = None
-    if config.data is not None:
-        labels = None if conditioning.labels is None else set(read_labels(conditioning.labels))
-        reference = read_reference(
-            config.data, _sample_shape(sampler, original), count=config.count, classes=labels,
-            image_size=config.image_size, features=config.features, seed=config.seed,
-            device=device, progress=progress,
-        )  # fmt: skip
+    reference = _reference(config, conditioning, original, sampler, device, progress)
     identity = _identity(config, settings, conditioning, original, source, reference)
     _check_identity(state / SETTINGS, identity, resume=resume)
     record = RunRecord(
@@ -258,6 +251,24 @@ def _warn_of_seen_noise(config: EvalConfig, tuned: Mapping[str, Any]) -> None:
             TenfoldWarning,
             stacklevel=3,
         )
+
+
+def _reference(
+    config: EvalConfig,
+    conditioning: Conditioning,
+    original: Source,
+    sampler: Any,
+    device: str,
+    progress: Progress | None,
+) -> Reference | None:
+    if config.data is None:
+        return None
+    labels = None if conditioning.labels is None else set(read_labels(conditioning.labels))
+    return read_reference(
+        config.data, _sample_shape(sampler, original), count=config.count, classes=labels,
+        image_size=config.image_size, features=config.features, seed=config.seed,
+        device=device, progress=progress,
+    )  # fmt: skip
 
 
 def _sample_shape(sampler: Any, original: Source) -> tuple[int, ...]:
