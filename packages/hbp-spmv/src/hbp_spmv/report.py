@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from tenfold_core.errors import InputError
-from tenfold_core.run.atomic import atomic_path
 from tenfold_core.run.cli import Positional, main
 from tenfold_core.run.report import ACCENT, BASELINE, figure, markdown_table, print_table
+from tenfold_core.run.results import rewrite_tables
 
 from hbp_spmv.summary import FOREIGN, LEAST_SPEED_UP, LEFT_OUT, Claim, claims
 
@@ -59,7 +59,6 @@ GPU_CASE_COLUMNS = (
 )  # fmt: skip
 """The same on a GPU."""
 _SHORT = {"float64": "f64", "float32": "f32"}
-_BLOCK = re.compile(r"^<!-- results: (\S+) -->\n(.*?)^<!-- /results -->$", re.M | re.S)
 
 
 def case_title(rows: Sequence[Row]) -> str:
@@ -349,26 +348,10 @@ def regenerate(folder: Positional[Path], *, check: bool = False) -> int:
         check: Change nothing, exit with 1 if a table differs.
     """
     results = folder / "benchmarks" / "results"
-    stale = []
-    for path in [folder / "README.md", *sorted(results.glob("*.md"))]:
-        if not path.exists():
-            continue
-        text = path.read_text(encoding="utf-8")
-        fresh = _BLOCK.sub(partial(_block, results, path), text)
-        if fresh == text:
-            continue
-        stale.append(path)
-        if not check:
-            with atomic_path(path) as temporary:
-                temporary.write_text(fresh, encoding="utf-8")
-    for path in stale:
-        what = "differs from the results; run 'make results'" if check else "rewritten"
-        print(f"{path}: {what}", file=sys.stderr)
-    return 1 if stale and check else 0
+    return rewrite_tables(folder, partial(_block, results), check=check)
 
 
-def _block(results: Path, file: Path, block: re.Match[str]) -> str:
-    name = block[1]
+def _block(results: Path, file: Path, name: str) -> str:
     folder, _, table = name.partition("/")
 
     def rows(of: str) -> Sequence[Row]:
@@ -403,7 +386,7 @@ def _block(results: Path, file: Path, block: re.Match[str]) -> str:
             f"{file}: table {name!r}: expected claims, reorder, sizes or products-f64-1; on a GPU "
             "claims, ablation, fastest, products-f64-hot or graphs-f64-cold"
         )
-    return f"<!-- results: {name} -->\n\n{text}\n\n<!-- /results -->"
+    return text
 
 
 def _gpu_table(table: str, rows: Callable[[str], Sequence[Row]]) -> str | None:
