@@ -11,13 +11,16 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from tenfold_core.errors import InputError
 from tenfold_core.run.atomic import atomic_path
+from tenfold_core.run.cli import Positional, main
 from tenfold_core.run.report import markdown_table, text_table
+from tenfold_core.run.results import rewrite_tables
 
 from mpq_dm.config import MPQDMConfig
 
@@ -433,3 +436,20 @@ def _save(path: Path, text: str) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
     return path
+
+
+def _regenerate(folder: Positional[Path], *, check: bool = False) -> int:
+    """Rewrite the tables of the package's README from its committed results.
+
+    Args:
+        folder: the package's folder.
+        check: change nothing, exit with 1 if a table differs.
+    """
+    from mpq_dm.results import readme_table
+
+    results = folder / "benchmarks" / "results"
+    return rewrite_tables(folder, partial(readme_table, results), check=check)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main("python -m mpq_dm.report", _regenerate, package="mpq-dm"))
