@@ -35,7 +35,7 @@ __all__ = [
 
 LEAST_ACCURACY = 0.9
 """Below it a classifier says little about images; whoever uses one is warned."""
-STEPS, BATCH_SIZE, RATE, NOISE = 1000, 128, 2e-3, 0.2
+STEPS, BATCH_SIZE, RATE, NOISE = 800, 64, 2e-3, 0.2
 WIDTHS, FEATURES, SMALLEST = (32, 64, 64), 64, 4
 _SUFFIXES = (".pt", ".pt2")
 
