@@ -336,3 +336,15 @@ def test_one_bit_has_no_symmetric_range():
     with pytest.raises(ConfigError, match="at least 2"):
         DynamicTokenQuant(1, symmetric=True)
     assert DynamicTokenQuant(1)(torch.tensor([[0.0, 3.0]])).tolist() == [[0.0, 3.0]]
+
+
+def test_the_step_of_a_call_is_known_where_all_samples_are_at_a_calibrated_one():
+    context = TimestepContext([999.0, 500.0, 1.0])
+    assert context.step is None
+    context.set_(torch.tensor([500, 500]))
+    assert context.step == 1
+    context.set_(torch.tensor([500, 1]))
+    assert context.step is None
+    with pytest.warns(TenfoldWarning, match="outside the 3 calibrated"):
+        context.set_(700)
+    assert context.step is None

@@ -295,6 +295,7 @@ class PackedLayer(nn.Module):
         self._int_weight: IntWeight | None = None
         self._float_rows: Tensor | None = None
         self._smooth: Tensor | None = None
+        self._steps: dict[int | None, tuple[Tensor, Tensor, Tensor]] = {}
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Return the layer's output in the type of its input."""
@@ -323,19 +324,33 @@ class PackedLayer(nn.Module):
             raise InputError("timestep: the layer follows no sampling steps; attach it to a model")
         if self._ready_on != x.device:
             self.prepare_(x.device)
-        qmax = 2**self.entry.act_bits - 1
+        multiplier, scale, zero = self._inputs_at(context, x)
+        spread = (-1, *[1] * (x.dim() - 1))
+        codes = activation_codes(
+            x, multiplier, zero, 2**self.entry.act_bits - 1,
+            channel_axis=channel_axis(self.operator),
+        )  # fmt: skip
+        return codes, scale.reshape(spread), zero.reshape(spread)
+
+    def _inputs_at(self, context: TimestepContext, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return multiplier, scale and zero point; what they are at a step is remembered."""
+        step = context.step
+        if step in self._steps:
+            return self._steps[step]
         scale = context.interpolate(self._act_scale, log=True)
-        zero = context.interpolate(self._act_zero).round().clamp(0, qmax)
+        zero = context.interpolate(self._act_zero).round().clamp(0, 2**self.entry.act_bits - 1)
         if scale.shape[0] > 1:
             scale, zero = per_sample(scale, x), per_sample(zero, x)
-        spread = (-1, *[1] * (x.dim() - 1))
         if self._smooth is None:
-            multiplier = (1 / scale).reshape(spread)
+            multiplier = 1 / scale
+            if len(multiplier) > 1:
+                multiplier = multiplier.reshape(-1, *[1] * (x.dim() - 1))
         else:
             multiplier = activation_multiplier(self._smooth, scale)
-        axis = channel_axis(self.operator)
-        codes = activation_codes(x, multiplier, zero, qmax, channel_axis=axis)
-        return codes, scale.reshape(spread), zero.reshape(spread)
+        found = multiplier, scale, zero
+        if step is not None:
+            self._steps[step] = found
+        return found
 
     def _product(self, weight: IntWeight, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         if self.mode == "packed":

@@ -66,6 +66,7 @@ class TimestepContext(nn.Module):
         self.register_buffer("off_grid", torch.zeros((), dtype=torch.bool), persistent=False)
         # not buffers: a compiled graph would be guarded by what the last call left there
         self._on_grid = False
+        self._step: int | None = None
         self._lower: Tensor | None = None
         self._weight: Tensor | None = None
 
@@ -100,8 +101,14 @@ class TimestepContext(nn.Module):
         self._lower, self._weight, off_grid = self._locate(value.to(torch.float32))
         self.off_grid = self.off_grid | off_grid
         self._on_grid = readable and not bool(off_grid)
+        self._step = int(self._lower) if self._on_grid and len(value) == 1 else None
         if readable:
             self.check()
+
+    @property
+    def step(self) -> int | None:
+        """The calibrated step of all samples, where it is one and was read without waiting."""
+        return self._step
 
     @property
     def index(self) -> Int[Tensor, " batch"]:
