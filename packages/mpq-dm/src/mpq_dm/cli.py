@@ -205,13 +205,17 @@ def quantize(
     chosen = method_config(method, **known | parse_settings(settings))
     from tenfold_core.device import resolve
 
-    from mpq_dm.quantizing import quantize_to_folder
+    from mpq_dm.quantizing import quantize_to_folder, resume_hint
 
-    result = quantize_to_folder(
-        model, out, chosen, conditions.read(), model_config=config,
-        device=str(resolve(device, via="torch")), resume=resume, overwrite=overwrite,
-        command=["mpq-dm", *sys.argv[1:]], progress=None if quiet else progress_line(),
-    )  # fmt: skip
+    try:
+        result = quantize_to_folder(
+            model, out, chosen, conditions.read(), model_config=config,
+            device=str(resolve(device, via="torch")), resume=resume, overwrite=overwrite,
+            command=["mpq-dm", *sys.argv[1:]], progress=None if quiet else progress_line(),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        say(f"\ninterrupted; {resume_hint(out)}", False)
+        raise
     numbers = {name: value for name, (value, _) in result.report.metrics().items()}
     if as_json:
         print(json.dumps(numbers))

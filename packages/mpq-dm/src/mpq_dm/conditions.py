@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What samples are conditioned on, as users write it: labels, prompts, embeddings."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +10,37 @@ from tenfold_core.errors import InputError
 __all__ = ["check_labels", "read_embeddings", "read_labels", "read_prompts"]
 
 
-def read_labels(text: str) -> list[int]:
+def read_labels(text: str, *, model: Any = None) -> list[int]:
     """Return the labels of a list with ranges such as `0-9,12`, or of a file of one a line.
 
+    Args:
+        text: the list, or the path of the file.
+        model: a denoiser; labels that it has no embedding for are refused.
+
     Raises:
-        InputError: a part is not a label or a range of labels.
+        InputError: a part is not a label or a range of labels, or out of the model's range; names
+            the line.
     """
-    path = Path(text)
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
+    listed = text.replace(" ", "").strip("0123456789-,") == ""
+    parts = [("labels", part) for part in text.split(",")]
+    if not listed and Path(text).is_file():
+        lines = _lines(text)
         parts = [(f"{text}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
         if not parts:
             raise InputError(f"{text}: no labels, expected one a line")
-    else:
-        parts = [("labels", part) for part in text.split(",")]
-    return [label for where, part in parts for label in _labels(where, part.strip())]
+    found: list[int] = []
+    for where, part in parts:
+        labels = _labels(where, part.strip())
+        check_labels([labels[0], labels[-1]], model, where)
+        found += labels
+    return found
+
+
+def _lines(path: str | Path) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as text ({error})") from error
 
 
 def _labels(where: str, part: str) -> range:
@@ -37,8 +53,16 @@ def _labels(where: str, part: str) -> range:
     return range(low, high + 1)
 
 
-def check_labels(labels: list[int], model: Any) -> None:
+def check_labels(
+    labels: Sequence[int], model: Any, where: str = "labels", *, null: bool = False
+) -> None:
     """Refuse labels that the denoiser has no embedding for.
+
+    Args:
+        labels: the labels.
+        model: the denoiser.
+        where: file and line, or the option, for the message.
+        null: accept the label that a DiT has beyond its classes, for no class.
 
     Raises:
         InputError: names the first such label and the allowed range.
@@ -47,9 +71,10 @@ def check_labels(labels: list[int], model: Any) -> None:
     for name in ("num_class_embeds", "num_embeds_ada_norm"):
         count = getattr(config, name, None)
         if count:
+            most = count if null and name == "num_embeds_ada_norm" else count - 1
             for label in labels:
-                if label >= count:
-                    raise InputError(f"labels: {label}, expected 0 to {count - 1} ({name})")
+                if not 0 <= label <= most:
+                    raise InputError(f"{where}: {label}, expected 0 to {most} ({name})")
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -58,11 +83,7 @@ def read_prompts(path: str | Path) -> list[str]:
     Raises:
         InputError: the file cannot be read or holds no prompt.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as text ({error})") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [line.strip() for line in _lines(path) if line.strip()]
     if not prompts:
         raise InputError(f"{path}: no prompts, expected one a line")
     return prompts

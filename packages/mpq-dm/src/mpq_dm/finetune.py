@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tenfold_core.errors import CheckpointError, DivergedError
+from tenfold_core.errors import CheckpointError, DivergedError, TenfoldError
 from tenfold_core.run.seeds import torch_generator
 from torch import Tensor, nn
 
@@ -89,6 +89,7 @@ class FineTuner:
 
         Raises:
             DivergedError: the loss is not finite.
+            TenfoldError: the memory of the device does not hold a step.
         """
         last = self.state()
         try:
@@ -135,6 +136,8 @@ class FineTuner:
         try:
             with following(self.teacher, on_call):
                 self.sampler.trajectory(self.teacher, number)
+        except torch.OutOfMemoryError as error:
+            raise TenfoldError(self._too_large(number, error)) from error
         finally:
             for tap in taps:
                 tap.remove()
@@ -153,6 +156,18 @@ class FineTuner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._step += 1
+
+    def _too_large(self, number: int, error: Exception) -> str:
+        found = ". ".join(" ".join(str(error).split()).split(". ")[:2]).rstrip(".")
+        fewer = ""
+        if self.config.trd_weight > 0:
+            tried = self.config.trd_rows
+            fewer = f", or --trd-rows {512 if tried is None else max(1, tried // 2)}, which draws "
+            fewer += "so many positions for the relation loss"
+        return (
+            f"fine-tuning, trajectory {number}: {found}; start again with a --batch-size below "
+            f"{self.config.batch_size}{fewer}"
+        )
 
     def _first_bad(self) -> str:
         for name, layer in self.layers.items():

@@ -2,11 +2,14 @@
 """Open what users name: a pipeline, a denoiser with its scheduler, a single file, a hub id."""
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tenfold_core.errors import InputError
+from tenfold_core.errors import InputError, TenfoldError
+from tenfold_core.run.checkpoint import read_header
 
 __all__ = ["Source", "load_model", "model_folder", "open_source"]
 
@@ -34,6 +37,11 @@ class Source:
         """The pipeline if there is one, else the denoiser."""
         return self.model if self.pipe is None else self.pipe
 
+    def to(self, device: str) -> "Source":
+        """Move the denoiser, and the pipeline if there is one, and return the source."""
+        self.runnable.to(device)
+        return self
+
 
 def open_source(
     name: str | Path, *, config: str | Path | None = None, packed: bool = False
@@ -58,7 +66,8 @@ def open_source(
             for part in DENOISERS:
                 if (path / part / "config.json").is_file():
                     _require_plain(path / part)
-        return _from_pipeline(_pretrained_pipeline(path, str(path)))
+                    _check_claims(*_model_class(path / part / "config.json"), path / part)
+        return _from_pipeline(_open_pipeline(path))
     folder = model_folder(path)
     component = folder.name if folder.name in DENOISERS else "unet"
     places = (path / "scheduler", folder.parent / "scheduler")
@@ -78,39 +87,82 @@ def _open_file(path: Path, config: str | Path | None) -> Source:
             f"{path}: a single file must be .safetensors and needs --config, the model's "
             "config.json; or give the folder of the model"
         )
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     kind, settings = _model_class(Path(config))
+    _check_claims(kind, settings, Path(config), [path])
     try:
         model: Any = kind.from_config(settings)
         model.load_state_dict(load_file(path))
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{path}: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(f"{path}: {_short(error)}") from error
     component = "unet" if "UNet" in kind.__name__ else "transformer"
-    return Source(model=model.to(torch.float32).eval(), component=component)
+    return Source(model=model.eval(), component=component)
 
 
 def _open_hub(name: str) -> Source:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise InputError(f"{name}: no such file or folder")
-    return _from_pipeline(_pretrained_pipeline(name, f"{name}: not a local folder; from the hub"))
+    try:
+        return _from_pipeline(_pretrained_pipeline(name))
+    except TenfoldError:
+        raise
+    except Exception as error:  # of the network, whatever library it is
+        raise InputError(
+            f"{name}: no such folder here, and not read from the hub: {_short(error)}; where there "
+            "is no network, give the folder of a downloaded copy"
+        ) from error
 
 
-def _pretrained_pipeline(name: str | Path, where: str) -> Any:
+def _open_pipeline(path: Path) -> Any:
+    try:
+        return _pretrained_pipeline(path)
+    except TenfoldError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        raise InputError(
+            f"{path}: {_short(error)}; expected a folder written by save_pretrained"
+        ) from error
+
+
+def _pretrained_pipeline(name: str | Path) -> Any:
     import diffusers
+    import torch
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()  # our own progress says what is going on
+    return diffusers.DiffusionPipeline.from_pretrained(
+        name, dtype=torch.float32, use_safetensors=True
+    )
+
+
+def _check_claims(
+    kind: Any, settings: Mapping[str, Any], place: Path, files: Sequence[Path] | None = None
+) -> None:
+    """Refuse a config that describes far more weights than its files hold, before it is built.
+
+    Raises:
+        InputError: so it does, or no model can be built from it.
+    """
     import torch
 
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True
-        )
-    except (OSError, ValueError, AttributeError, ImportError) as error:
-        text = " ".join(str(error).split())[:300]
+        with torch.device("meta"):
+            empty = kind.from_config(dict(settings))
+    except RuntimeError:
+        return  # not every class can be built without values; what is built then says the rest
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        raise InputError(f"{place}: no {kind.__name__} can be built: {_short(error)}") from error
+    files = sorted(place.glob("*.safetensors")) if files is None else files
+    stored = sum(
+        math.prod(entry.shape) for path in files for entry in read_header(path).tensors.values()
+    )
+    claimed = sum(part.numel() for part in empty.parameters())
+    if files and claimed > 2 * stored:
         raise InputError(
-            f"{where}: {text}; expected a folder written by save_pretrained"
-        ) from error
+            f"{place}: the config describes {claimed} weights, but the files hold {stored}"
+        )
 
 
 def _from_pipeline(pipe: Any) -> Source:
@@ -169,16 +221,23 @@ def load_model(path: str | Path, *, packed: bool = False) -> Any:
     folder = model_folder(path)
     if not packed:
         _require_plain(folder)
-    kind, _ = _model_class(folder / "config.json")
+    kind, settings = _model_class(folder / "config.json")
+    if not packed:
+        _check_claims(kind, settings, folder)
     import torch
 
     try:
         model: Any = kind.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{folder}: {' '.join(str(error).split())[:300]}") from error
+    except TenfoldError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{folder}: {_short(error)}") from error
     return model.eval()
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def _require_plain(folder: Path) -> None:

@@ -22,6 +22,7 @@ from mpq_dm.sampler import LatentSampler, Sampler
 __all__ = ["Conditioning", "quantize_to_folder", "sampler_for", "save_result"]
 
 REPORT = "report.json"
+RECORD = "run.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +45,7 @@ def sampler_for(source: Source, conditioning: Conditioning, config: MPQDMConfig)
     conditions: dict[str, Any] = {}
     labels = None
     if conditioning.labels is not None:
-        labels = read_labels(conditioning.labels)
-        check_labels(labels, source.model)
+        labels = read_labels(conditioning.labels, model=source.model)
     if conditioning.prompts is not None:
         conditions["prompt"] = read_prompts(conditioning.prompts)
     if conditioning.embeddings is not None:
@@ -60,7 +60,7 @@ def sampler_for(source: Source, conditioning: Conditioning, config: MPQDMConfig)
     if source.pipe is None and conditioning.negative_label is not None:
         import torch
 
-        check_labels([conditioning.negative_label], source.model)
+        check_labels([conditioning.negative_label], source.model, "--negative-label", null=True)
         negative["class_labels"] = torch.tensor([conditioning.negative_label])
     return make_sampler(
         source.runnable, config, scheduler=source.scheduler, conditions=conditions,
@@ -118,7 +118,7 @@ def quantize_to_folder(
         raise InputError(f"{out}: exists already; choose another folder or give --overwrite")
     if not out.absolute().parent.is_dir():
         raise InputError(f"{out}: the folder {out.absolute().parent} does not exist")
-    if state.exists() and not resume:
+    if not resume and _holds_work(state):
         raise InputError(
             f"{state}: an unfinished run; give --resume to go on with it, or remove the folder"
         )
@@ -144,6 +144,21 @@ def quantize_to_folder(
             record.finish()
             record.folder = state
     shutil.rmtree(state)
+def _holds_work(state: Path) -> bool:
+    """Tell whether there is more in a folder than the record of a run that had just begun."""
+    if state.is_dir():
+        return any(path.name != RECORD for path in state.iterdir())
+    return state.exists()
+
+
+def resume_hint(out: Path) -> str:
+    """Return what to do after a run for this folder was interrupted."""
+    state = out.with_name(out.name + ".state")
+    if not _holds_work(state):
+        return "nothing was kept yet; start again with the same command"
+    return f"the state is kept in {state}; go on with the same command and --resume"
+
+
     return result
 
 
