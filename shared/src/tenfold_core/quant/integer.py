@@ -59,6 +59,8 @@ class IntWeight:
     groups: int = 1
     narrow: bool = False
     """Whether float32 holds every sum with codes of 8 bits, so that it may be summed in parts."""
+    passing: bool = False
+    """Whether the operand is made anew in every call, see :meth:`with_codes`."""
 
     @classmethod
     def from_codes(
@@ -116,7 +118,7 @@ class IntWeight:
         shift = zero.float() if self.offset is None else zero.float() - self.offset
         shifted = _shifted(_taps_first(codes), shift)
         operand = _operand(shifted, self.groups, ones=self.offset is not None)
-        return replace(self, operand=operand)
+        return replace(self, operand=operand, passing=True)
 
     def to(self, device: torch.device | str) -> "IntWeight":
         """Return the weight on another device."""
@@ -184,6 +186,7 @@ def int_linear(
         weight.sums,
         narrow=weight.narrow,
         inputs=weight.offset is not None,
+        passing=weight.passing,
     )
     if weight.offset is not None:
         value = torch.addcmul(value, weight.offset, inputs, value=-1)
@@ -345,6 +348,7 @@ def _convolve(
         dilation=dilation,
         narrow=weight.narrow,
         inputs=weight.offset is not None,
+        passing=weight.passing,
     )
     column = (slice(None), None, None)
     if weight.offset is not None:

@@ -45,6 +45,7 @@ def linear_sums(
     *,
     narrow: bool,
     inputs: bool,
+    passing: bool = False,
 ) -> tuple[Float[Tensor, "rows out"], Float[Tensor, "rows 1"]]:
     """Return ``value`` and ``inputs`` of a linear layer.
 
@@ -55,8 +56,11 @@ def linear_sums(
         row_sums: Sum of each row of shifted codes.
         narrow: What :func:`is_narrow` says.
         inputs: Whether ``inputs`` are wanted; an empty tensor stands for them if not.
+        passing: Whether the operand was made for this call alone.
     """
-    return torch.ops.tenfold_core.linear_sums(codes, zero, operand, row_sums, narrow, inputs)
+    few = passing and _is_few(codes, codes.shape[0], row_sums)
+    run = _linear_by_product if few else torch.ops.tenfold_core.linear_sums
+    return run(codes, zero, operand, row_sums, narrow, inputs)
 
 
 def conv_sums(
@@ -71,6 +75,7 @@ def conv_sums(
     dilation: tuple[int, int],
     narrow: bool,
     inputs: bool,
+    passing: bool = False,
 ) -> tuple[
     Float[Tensor, "batch out new_height new_width"],
     Float[Tensor, "batch groups new_height new_width"],
@@ -88,10 +93,23 @@ def conv_sums(
         dilation: As there.
         narrow: What :func:`is_narrow` says.
         inputs: Whether ``inputs`` are wanted; an empty tensor stands for them if not.
+        passing: Whether the operand was made for this call alone.
     """
-    return torch.ops.tenfold_core.conv_sums(
-        codes, zero, operand, row_sums, shape, stride, padding, dilation, narrow, inputs
-    )
+    size = output_size(codes.shape[2:], shape[2:], stride, padding, dilation)
+    few = passing and _is_few(codes, codes.shape[0] * prod(size), row_sums)
+    run = _conv_by_columns if few else torch.ops.tenfold_core.conv_sums
+    return run(codes, zero, operand, row_sums, shape, stride, padding, dilation, narrow, inputs)
+
+
+def _is_few(codes: Tensor, count: int, row_sums: Tensor) -> bool:
+    """Whether so few products of a row do not repay ordering the weight for oneDNN first.
+
+    On two cores of an EPYC a 3x3 convolution of 256 channels, its weight ordered in each call:
+    1.8 instead of 1.1 ms for 64 positions, 3.5 and 3.4 ms for 1024; of 128 channels 2.8 instead
+    of 4.2 ms for 4096.
+    """
+    eager = codes.device.type == "cpu" and not torch.compiler.is_compiling()
+    return eager and 0 < count < 4 * row_sums.shape[0]
 
 
 def output_size(
