@@ -53,6 +53,16 @@ def test_a_value_out_of_range_is_named_with_what_was_expected(settings, text):
         MPQDMConfig(**settings)
 
 
+def test_presets_are_published_settings():
+    config = method_config("mpq-dm", preset="lsun-bedrooms-ldm4", seed=5)
+
+    assert (config.steps, config.eta, config.trajectories, config.seed) == (100, 1.0, 320, 5)
+    assert config.steps * config.trajectories == 32_000
+    assert method_config("rtn-mse", preset="imagenet-ldm4").trajectories == 0
+    with pytest.raises(ConfigError, match="preset is 'sd', expected imagenet-ldm4, lsun"):
+        method_config("mpq-dm", preset="sd")
+
+
 def test_unknown_methods_and_settings_are_named():
     with pytest.raises(ConfigError, match="method is 'gptq', expected rtn-minmax"):
         method_config("gptq")

@@ -151,6 +151,7 @@ def quantize(
     weight_bits: Bits = 2,
     act_bits: ActBits = 6,
     method: str = "mpq-dm",
+    preset: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     trajectories: int | None = None,
@@ -177,6 +178,7 @@ def quantize(
         weight_bits: average bits of a weight in the body, 1 to 8.
         act_bits: bits of the body's inputs.
         method: mpq-dm, or a baseline: rtn-mse, smooth-mse, efficientdm, adaround, hawq, ...
+        preset: published settings of a model: imagenet-ldm4 or lsun-bedrooms-ldm4.
         steps: sampling steps of the sampler you will use.
         guidance: scale of classifier-free guidance; 1 for none.
         trajectories: length of fine-tuning; 0 for none.
@@ -202,7 +204,7 @@ def quantize(
         "cache_temb": cache_temb or None,
     }  # fmt: skip
     known = {name: value for name, value in given.items() if value is not None}
-    chosen = method_config(method, **known | parse_settings(settings))
+    chosen = method_config(method, preset=preset, **known | parse_settings(settings))
     from tenfold_core.device import resolve
 
     from mpq_dm.quantizing import quantize_to_folder, resume_hint

@@ -11,6 +11,7 @@ from tenfold_core.errors import ConfigError
 __all__ = [
     "ALLOCATIONS",
     "METHODS",
+    "PRESETS",
     "MPQDMConfig",
     "MixConfig",
     "method_config",
@@ -201,20 +202,31 @@ METHODS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What a method sets beside the defaults: the paper's baselines, its own, and its program's."""
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "imagenet-ldm4": {"steps": 20, "guidance": 3.0, "trajectories": 800, "calib_samples": 32},
+    "lsun-bedrooms-ldm4": {
+        "steps": 100, "eta": 1.0, "trajectories": 320, "calib_samples": 256,
+    },
+}  # fmt: skip
+"""The published settings by model."""
 
-def method_config(method: str, **settings: Any) -> MPQDMConfig:
-    """Return the settings of a method; `settings` go before what the method sets.
+
+def method_config(method: str, *, preset: str | None = None, **settings: Any) -> MPQDMConfig:
+    """Return the settings of a method; `settings` go before what preset and method set.
 
     Raises:
-        ConfigError: no such method or setting, or a value out of its range.
+        ConfigError: no such method, preset or setting, or a value out of its range.
     """
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"preset is {preset!r}, expected {', '.join(PRESETS)}")
     if method not in METHODS:
         raise ConfigError(f"method is {method!r}, expected {', '.join(METHODS)}")
     known = {item.name for item in fields(MPQDMConfig)}
     for name in settings:
         if name not in known:
             raise ConfigError(f"no setting {name!r}, expected one of {', '.join(sorted(known))}")
-    return MPQDMConfig(**METHODS[method] | settings)
+    published = {} if preset is None else PRESETS[preset]
+    return MPQDMConfig(**published | METHODS[method] | settings)
 
 
 def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:

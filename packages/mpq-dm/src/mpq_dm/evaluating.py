@@ -45,7 +45,7 @@ from mpq_dm.models import Source, open_source
 from mpq_dm.quantizing import Conditioning, read_report, sampler_for
 from mpq_dm.real_images import Reference, read_reference
 from mpq_dm.sampler import LatentSampler, Sampler
-from mpq_dm.sampling import GRID_COLUMNS, _as_images, open_packed
+from mpq_dm.sampling import GRID_COLUMNS, decoding, open_packed
 from mpq_dm.sizes import account
 
 __all__ = ["BETTER", "EVALUATION", "EvalConfig", "evaluate_to_folder", "summarise"]
@@ -133,7 +133,7 @@ def evaluate_to_folder(
         if part is not None:
             part.to(device)
     owner = source if source.pipe is not None or source.scheduler is not None else original
-    sampler = _as_images(sampler_for(owner, conditioning, settings))
+    sampler = decoding(sampler_for(owner, conditioning, settings))
     reference = _reference(config, conditioning, original, sampler, device, progress)
     identity = _identity(config, settings, conditioning, original, source, reference)
     _check_identity(state / SETTINGS, identity, resume=resume)

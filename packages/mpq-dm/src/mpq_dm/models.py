@@ -70,10 +70,8 @@ def open_source(
         return _from_pipeline(_open_pipeline(path))
     folder = model_folder(path)
     component = folder.name if folder.name in DENOISERS else "unet"
-    places = (path / "scheduler", folder.parent / "scheduler")
-    found = next((place for place in places if place.is_dir()), None)
-    scheduler = None if found is None else _scheduler(found)
-    return Source(model=load_model(path, packed=packed), component=component, scheduler=scheduler)
+    model = load_model(path, packed=packed)
+    return Source(model=model, component=component, scheduler=_scheduler_beside(path, folder))
 
 
 def _open_file(path: Path, config: str | Path | None) -> Source:
@@ -98,7 +96,8 @@ def _open_file(path: Path, config: str | Path | None) -> Source:
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: {_short(error)}") from error
     component = "unet" if "UNet" in kind.__name__ else "transformer"
-    return Source(model=model.eval(), component=component)
+    scheduler = _scheduler_beside(path.parent, Path(config).parent)
+    return Source(model=model.eval(), component=component, scheduler=scheduler)
 
 
 def _open_hub(name: str) -> Source:
@@ -173,6 +172,13 @@ def _from_pipeline(pipe: Any) -> Source:
                 scheduler=getattr(pipe, "scheduler", None),
             )  # fmt: skip
     raise InputError(f"{type(pipe).__name__} has neither {' nor '.join(DENOISERS)}")
+
+
+def _scheduler_beside(*folders: Path) -> Any:
+    """Return the scheduler in one of the folders, or next to one, if there is any."""
+    places = [place / "scheduler" for folder in folders for place in (folder, folder.parent)]
+    found = next((place for place in places if place.is_dir()), None)
+    return None if found is None else _scheduler(found)
 
 
 def _scheduler(folder: Path) -> Any:

@@ -17,7 +17,7 @@ from mpq_dm.conditions import check_labels, read_embeddings, read_labels, read_p
 from mpq_dm.config import MPQDMConfig
 from mpq_dm.method import Progress, QuantResult, make_sampler, quantize
 from mpq_dm.models import Source, open_source
-from mpq_dm.sampler import LatentSampler, Sampler
+from mpq_dm.sampler import Sampler
 
 __all__ = ["Conditioning", "quantize_to_folder", "sampler_for", "save_result"]
 
@@ -122,28 +122,40 @@ def quantize_to_folder(
         raise InputError(
             f"{state}: an unfinished run; give --resume to go on with it, or remove the folder"
         )
-    source = open_source(name, config=model_config)
-    source.model.to(device)
-    if source.pipe is not None:
-        source.pipe.to(device)
+    source = open_source(name, config=model_config).to(device)
     record = RunRecord(
         state, package="mpq-dm", command=command, config=config, seed=config.seed, device=device
     )
-    with record:
-        result = quantize(
-            source.runnable, config, sampler=sampler_for(source, conditioning, config),
-            checkpoint_dir=state, resume_from=state if resume else None, progress=progress,
-        )  # fmt: skip
-        for key, (value, unit) in result.report.metrics().items():
-            record.metric(key, value, unit=unit)
-        with atomic_directory(out, overwrite=overwrite) as folder:
-            save_result(result, source, folder)
-            record.folder = folder  # the record goes where the model goes
-            for path in sorted(folder.rglob("*.safetensors")):
-                record.artefact(path)
-            record.finish()
-            record.folder = state
+    try:
+        with record:
+            result = quantize(
+                source.runnable, config, sampler=sampler_for(source, conditioning, config),
+                checkpoint_dir=state, resume_from=state if resume else None, progress=progress,
+            )  # fmt: skip
+            for key, (value, unit) in result.report.metrics().items():
+                record.metric(key, value, unit=unit)
+            with atomic_directory(out, overwrite=overwrite) as folder:
+                save_result(result, source, folder)
+                _record_in(folder, record)
+    except BaseException:
+        if not _holds_work(state):
+            shutil.rmtree(state, ignore_errors=True)
+        raise
     shutil.rmtree(state)
+    return result
+
+
+def _record_in(folder: Path, record: RunRecord) -> None:
+    """Write the record where the model is; if that fails, it stays where it was."""
+    before, record.folder = record.folder, folder
+    try:
+        for path in sorted(folder.rglob("*.safetensors")):
+            record.artefact(path)
+        record.finish()
+    finally:
+        record.folder = before
+
+
 def _holds_work(state: Path) -> bool:
     """Tell whether there is more in a folder than the record of a run that had just begun."""
     if state.is_dir():
@@ -157,9 +169,6 @@ def resume_hint(out: Path) -> str:
     if not _holds_work(state):
         return "nothing was kept yet; start again with the same command"
     return f"the state is kept in {state}; go on with the same command and --resume"
-
-
-    return result
 
 
 def save_result(result: QuantResult, source: Source, folder: Path) -> None:
@@ -198,8 +207,3 @@ def read_report(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or "layers" not in found:
         raise InputError(f"{path}: no layers in it, expected a report of mpq-dm quantize")
     return found
-
-
-def as_latent(sampler: Sampler) -> bool:
-    """Tell whether a sampler returns what its denoiser works on, and not decoded images."""
-    return isinstance(sampler, LatentSampler)

@@ -12,6 +12,7 @@ from tenfold_core.errors import ConfigError, InputError
 from tenfold_core.run.atomic import atomic_directory
 from tenfold_core.run.checkpoint import save_tensors
 from tenfold_core.run.record import RunRecord
+from tenfold_core.run.seeds import generator
 from torch import Tensor, nn
 
 from mpq_dm.config import MPQDMConfig
@@ -24,7 +25,7 @@ from mpq_dm.plugin import sampling_steps
 from mpq_dm.quantizing import Conditioning, sampler_for
 from mpq_dm.sampler import LatentSampler, PipelineSampler, Sampler
 
-__all__ = ["open_packed", "sample_to_folder", "samples_of"]
+__all__ = ["decoding", "open_packed", "sample_to_folder", "samples_of"]
 
 GRID_COLUMNS = 8
 
@@ -86,23 +87,23 @@ def sample_to_folder(
         raise InputError(f"{out}: exists already; choose another folder or give --overwrite")
     source, calibrated = open_packed(name, mode)
     config = replace(config, steps=steps or calibrated)
-    sampler = _as_images(sampler_for(source, conditioning, config))
+    sampler = decoding(sampler_for(source, conditioning, config))
     numbers: dict[str, Any] = {"count": count, "steps": config.steps}
     with atomic_directory(out, overwrite=overwrite) as folder, RunRecord(
         folder, package="mpq-dm", command=command, config=config, seed=config.seed,
         device=device,
     ) as record:  # fmt: skip
-        images = samples_of(sampler, source.model.to(device), count, progress)
+        images = samples_of(sampler, source.to(device).model, count, progress)
         rows = {"quantized": images}
         if against is not None:
             original = open_source(against)
-            theirs = _as_images(sampler_for(original, conditioning, config))
+            theirs = decoding(sampler_for(original, conditioning, config))
             model = original.model.to(device)
             exact = samples_of(theirs, model, count, progress, "samples of the original")
             rows = {"original": exact, **rows}
             error = bootstrap_ci(
                 paired_error(exact.numpy(), images.numpy()),
-                torch_free_generator(config.seed),
+                generator(config.seed, "bootstrap"),
             )
             numbers |= {"paired_error": error.value, "ci_low": error.low, "ci_high": error.high}
         _write(folder, rows, signed=isinstance(sampler, LatentSampler))
@@ -111,15 +112,8 @@ def sample_to_folder(
     return numbers
 
 
-def torch_free_generator(seed: int) -> Any:
-    """Return the stream of the bootstrap."""
-    from tenfold_core.run.seeds import generator
-
-    return generator(seed, "bootstrap")
-
-
-def _as_images(sampler: Sampler) -> Sampler:
-    """Let a pipeline decode what it samples."""
+def decoding(sampler: Sampler) -> Sampler:
+    """Return the sampler, if it is a pipeline's, so that it decodes what it samples."""
     if isinstance(sampler, PipelineSampler) and getattr(sampler.pipe, "vae", True) is not None:
         return replace(sampler, output_type="pt")
     return sampler
