@@ -6,8 +6,11 @@ import pytest
 STEPS = 4
 
 
-def tiny_unet(**settings):
-    """Return a class-conditional UNet of a few thousand weights, the same every time."""
+def tiny_unet(*, flat=False, **settings):
+    """Return a class-conditional UNet of a few thousand weights, the same every time.
+
+    A flat one has a single level and no attention: a quarter of the layers, for what needs no more.
+    """
     import torch
     from diffusers import UNet2DModel
 
@@ -17,14 +20,19 @@ def tiny_unet(**settings):
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "num_class_embeds": 10,
     }  # fmt: skip
+    if flat:
+        options |= {
+            "block_out_channels": (8,), "down_block_types": ("DownBlock2D",),
+            "up_block_types": ("UpBlock2D",), "add_attention": False,
+        }  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return UNet2DModel(**options | settings).eval()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_unet():
-    """The function that makes tiny UNets: make_unet(num_class_embeds=None)."""
+    """The function that makes tiny UNets: make_unet(flat=True, num_class_embeds=None)."""
     return tiny_unet
 
 
