@@ -46,6 +46,11 @@ def test_the_program_of_the_authors_has_its_own_switches():
         ({"scale_method": "max"}, "scale_method is 'max', expected mse, minmax"),
         ({"weight_bits": 1}, "weight_bits is 1: mixing needs 0, 1 and 2 bits"),
         ({"trd_tau": 0}, "trd_tau is 0, expected"),
+        ({"rank": "abc"}, "rank is 'abc', expected int"),
+        ({"steps": 2.5}, r"steps is 2\.5, expected int"),
+        ({"act_lr": float("nan")}, "act_lr is nan, expected float"),
+        ({"omq_acts": 1}, "omq_acts is 1, expected bool"),
+        ({"plus": 0.1, "weight_bits": 8}, "no row can be raised"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_was_expected(settings, text):

@@ -194,6 +194,31 @@ def test_learning_rates_follow_the_layers_scales_and_fall_to_zero(tuner):
     assert trained.optimizer.param_groups[0]["lr"] == pytest.approx(trained._rates[0] * last)
 
 
+def test_a_gradient_that_is_not_finite_stops_before_anything_is_spoiled(tuner):
+    trained = tuner()
+    saved = []
+    layer = trained.layers["mid_block.resnets.0.conv1"]
+    layer.lora.b.register_hook(lambda gradient: gradient * float("nan"))
+
+    with pytest.raises(DivergedError, match=r"that of mid_block\.resnets\.0\.conv1\.lora\.b first"):
+        trained.run(save=saved.append)
+    assert all(np.isfinite(part).all() for part in saved[-1].values())
+
+
+def test_a_saved_state_has_the_losses_up_to_it(tuner, unet, make, tmp_path):
+    config, _, timesteps = make()
+    kept, told, found = Checkpoints(tmp_path, config, unet, timesteps), [], []
+    trained = tuner(trajectories=3, save_every=2)
+
+    def save(state):
+        kept.save_training(state, told)
+        found.append(len(kept.load_training_(tuner(trajectories=3, save_every=2))))
+
+    trained.run(on_trajectory=told.append, save=save)
+
+    assert found == [2, 3]
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [({"weight_bits": 4}, "weight_bits was 3, is 4 now"), ({"seed": 5}, "seed was 1, is 5 now")],

@@ -139,4 +139,46 @@ def test_a_pipelines_batch_is_guided_only_where_it_was_doubled(pipeline):
     output = torch.tensor([1.0, 4.0]).view(2, 1, 1, 1)
 
     assert sampler.guide(output, output).item() == 7.0
-    assert torch.equal(sampler.guide(output[:1], output[:1]), output[:1])
+    plain = PipelineSampler(pipe=pipeline, steps=2, batch_size=1)
+    assert torch.equal(plain.guide(output[:1], output[:1]), output[:1])
+    with pytest.raises(ConfigError, match=r"a batch of 1 for 1 images at guidance 2\.0"):
+        sampler.guide(output[:1], output[:1])
+
+
+def test_pipelines_that_put_the_conditions_first_are_known(pipeline):
+    first = type("DiTPipeline", (type(pipeline),), {})(**pipeline.components)
+    sampler = PipelineSampler(pipe=first, steps=2, batch_size=1, guidance=2.0)
+    output = torch.tensor([4.0, 1.0]).view(2, 1, 1, 1)
+
+    assert sampler.guide(output, output).item() == 7.0
+
+
+def test_schedulers_that_repeat_a_timestep_are_counted_call_by_call(sampler):
+    from diffusers import PNDMScheduler
+    from mpq_dm.sampler import every_call
+
+    repeated = replace(sampler, scheduler=PNDMScheduler(skip_prk_steps=True), steps=5)
+    model = Recorder()
+    repeated.trajectory(model, 0)
+
+    assert len(every_call(model, repeated)) == len(model.calls) == 6
+    assert len(called_timesteps(model, repeated)) == 5
+
+
+def test_a_learned_variance_reaches_the_scheduler(sampler, scheduler):
+    from diffusers import DDPMScheduler
+
+    class Learned(Recorder):
+        def forward(self, sample, timestep, class_labels=None, return_dict=True):
+            return (torch.zeros_like(sample).repeat(1, 2, 1, 1),)
+
+    learned = replace(sampler, scheduler=DDPMScheduler(variance_type="learned_range"))
+
+    assert learned.trajectory(Learned(), 0).shape == (2, 1, 4, 4)
+
+
+def test_a_scheduler_that_needs_the_image_size_is_refused(sampler):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    with pytest.raises(ConfigError, match="shifts its timesteps by the image size"):
+        replace(sampler, scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))

@@ -72,7 +72,7 @@ def allocate(
         errors: e_c(b) by layer for `config.choices`; by default the weight errors.
     """
     bits, choices = config.weight_bits, config.choices
-    if len(choices) == 1:
+    if len(choices) == 1 or config.plus:
         result = [np.full(len(weight), bits) for weight in weights]
     else:
         tables = errors or [row_errors(weight, choices) for weight in weights]

@@ -419,7 +419,8 @@ def _sampled(values: Tensor, most: int) -> Tensor:
     """Return evenly spread values, at most so many, and always the least and the largest."""
     if len(values) <= most:
         return values
-    chosen = values[torch.linspace(0, len(values) - 1, most, device=values.device).long()]
+    places = torch.arange(most, device=values.device) * (len(values) - 1) // max(1, most - 1)
+    chosen = values[places]
     return torch.cat((chosen, values.aminmax().min[None], values.aminmax().max[None]))
 
 
@@ -433,9 +434,13 @@ def _row_errors(
     config: MPQDMConfig,
 ) -> tuple[NDArray[np.float64], float]:
     """Return the rows' errors and the mean energy of an exact output."""
-    per_sample = max(1, inputs[0][0].numel())
-    each = max(1, ERROR_ELEMENTS // per_sample // len(inputs))
-    chosen = [x[:each] for x in inputs]
+    outputs = apply_weight(module, inputs[0][:1], rows).numel()
+    each = max(1, ERROR_ELEMENTS // max(inputs[0][0].numel(), outputs) // len(inputs))
+    stream = torch_generator(config.seed, "calibration/errors")
+    chosen = [
+        x if len(x) <= each else x[torch.randperm(len(x), generator=stream)[:each].to(x.device)]
+        for x in inputs
+    ]
     exact = torch.cat(chosen)
     rounded = exact
     if config.omq_acts:

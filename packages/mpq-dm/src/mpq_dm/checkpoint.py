@@ -35,6 +35,7 @@ class Checkpoints:
         config: the settings; a run goes on with the same ones only.
         model: the full-precision model.
         timesteps: what the sampler calls it with.
+        sampler: its conditions and scheduler count as settings.
     """
 
     def __init__(
@@ -43,11 +44,14 @@ class Checkpoints:
         config: MPQDMConfig,
         model: nn.Module,
         timesteps: Sequence[float],
+        sampler: Any = None,
     ) -> None:
         self.folder = Path(folder)
         self._calibration = self.folder / "calibration.safetensors"
         self._training = self.folder / "training.safetensors"
         settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
+        if sampler is not None:
+            settings |= {"conditions": _conditions(sampler), "scheduler": _scheduler(sampler)}
         self._identity = plain(
             settings | {"model": fingerprint(model), "timesteps": list(timesteps)}
         )
@@ -143,8 +147,31 @@ def fingerprint(model: nn.Module) -> str:
     for name, value in model.state_dict().items():
         part: Tensor = value.detach().cpu().contiguous().reshape(-1)
         found.update(name.encode())
-        found.update(part.view(torch.uint8).numpy())
+        found.update(part.view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _conditions(sampler: Any) -> str:
+    """Return a hash of the conditions of the first trajectories."""
+    found = hashlib.blake2b(digest_size=16)
+    for number in range(4):
+        for name, value in sorted(sampler.arguments(number).items()):
+            if isinstance(value, torch.Generator):
+                continue
+            found.update(name.encode())
+            if isinstance(value, Tensor):
+                found.update(value.detach().cpu().float().numpy().tobytes())
+            else:
+                found.update(repr(value).encode())
+    return found.hexdigest()
+
+
+def _scheduler(sampler: Any) -> dict[str, Any]:
+    scheduler = getattr(sampler, "scheduler", None)
+    if scheduler is None:
+        scheduler = getattr(getattr(sampler, "pipe", None), "scheduler", None)
+    settings = dict(getattr(scheduler, "config", {}))
+    return {"class": type(scheduler).__name__, **{key: str(settings[key]) for key in settings}}
 
 
 def _short(value: Any) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+from tenfold_core.errors import ConfigError
 from tenfold_core.run.cli import Command, Positional, option
 from tenfold_core.run.cli import main as run_command
 
@@ -35,7 +36,10 @@ Bits = Annotated[int, option("-w", "--w", metavar="N")]
 ActBits = Annotated[int, option("-a", "--a", metavar="N")]
 Settings = Annotated[
     tuple[str, ...],
-    option(name="set", metavar="NAME=VALUE", help="any other setting of MPQDMConfig"),
+    option(
+        name="set", metavar="NAME=VALUE", repeated=True,
+        help="any other setting of MPQDMConfig; may be given several times",
+    ),
 ]
 
 
@@ -204,6 +208,11 @@ def quantize(
         "cache_temb": cache_temb or None,
     }  # fmt: skip
     known = {name: value for name, value in given.items() if value is not None}
+    if method == "ptqd":
+        raise ConfigError(
+            "method ptqd corrects the sampler, which a folder cannot hold; quantize with "
+            "stepwise-mse and sample through mpq_dm.ptqd.CorrectedSampler"
+        )
     chosen = method_config(method, preset=preset, **known | parse_settings(settings))
     from tenfold_core.device import resolve
 
@@ -236,7 +245,7 @@ def sample(
     count: Count = 16,
     seed: int = 0,
     steps: int | None = None,
-    guidance: float = 1.0,
+    guidance: float | None = None,
     eta: float = 0.0,
     batch_size: int = 16,
     conditions: Conditions = NO_CONDITIONS,
@@ -255,7 +264,7 @@ def sample(
         count: number of images.
         seed: seed of noises and conditions.
         steps: sampling steps; by default those it was calibrated with.
-        guidance: scale of classifier-free guidance.
+        guidance: scale of classifier-free guidance; by default as it was quantized with.
         eta: noise of a DDIM sampler.
         batch_size: images sampled together.
         conditions: labels, prompts or embeddings to sample with.
@@ -270,11 +279,14 @@ def sample(
 
     from mpq_dm.sampling import sample_to_folder
 
+    if count < 1:
+        raise ConfigError(f"-n is {count}, expected at least 1")
     config = MPQDMConfig(
-        steps=steps or 1, guidance=guidance, eta=eta, batch_size=min(batch_size, count), seed=seed
+        steps=1 if steps is None else steps, eta=eta, batch_size=min(batch_size, count), seed=seed
     )
     found = sample_to_folder(
-        model, out, config, conditions.read(), count=count, steps=steps, against=against,
+        model, out, config, conditions.read(), count=count, steps=steps, guidance=guidance,
+        against=against,
         mode=mode, device=str(resolve(device, via="torch")), overwrite=overwrite,
         command=["mpq-dm", *sys.argv[1:]], progress=None if quiet else progress_line(),
     )  # fmt: skip

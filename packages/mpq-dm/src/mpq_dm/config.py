@@ -4,7 +4,7 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 from tenfold_core.errors import ConfigError
 
@@ -33,7 +33,8 @@ class MixConfig:
     omq_range: str = "paper"
     """Groups that may move: paper (all), or official (the published program: at most one)."""
     plus: float = 0.0
-    """Part of the rows, those of largest kurtosis, that get one more bit for nothing."""
+    """Part of the rows, those of largest kurtosis, that get one more bit for nothing; all others
+    then have N bits, whatever `allocation` says."""
     skip_bits: int = 8
     """Bits of shortcuts and strided downsamplers; 32 leaves them as they are."""
     edge_bits: int = 8
@@ -54,6 +55,8 @@ class MixConfig:
             )
         if not 0 <= self.plus <= 1:
             raise ConfigError(f"plus is {self.plus}, expected a fraction between 0 and 1")
+        if self.plus and self.weight_bits == 8:
+            raise ConfigError("weight_bits is 8: no row can be raised, expected plus=0")
         for name, allowed in (("skip_bits", (8, 16, 32)), ("edge_bits", (8, 16, 32))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected 8, 16 or 32")
@@ -136,6 +139,8 @@ class MPQDMConfig(MixConfig):
 
     def __post_init__(self) -> None:
         # not super(): a dataclass with slots is made anew, and super() would still name the old one
+        for item in fields(self):
+            _require_type(item.name, item.type, getattr(self, item.name))
         MixConfig.__post_init__(self)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -145,6 +150,18 @@ class MPQDMConfig(MixConfig):
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise ConfigError(f"{name} is {value}, expected {least} to {most}")
+
+
+def _require_type(name: str, kind: Any, value: Any) -> None:
+    """Refuse text for numbers, fractions for counts and the like, as `--set` may bring them."""
+    allowed = {float: (float, int), int: (int,), bool: (bool,), str: (str,)}
+    kinds = [part for part in (get_args(kind) or (kind,)) if part is not type(None)]
+    if value is None and type(None) in get_args(kind):
+        return
+    fits = any(isinstance(value, allowed[part]) for part in kinds)
+    if not fits or (isinstance(value, bool) and bool not in kinds) or value != value:
+        expected = " or ".join(part.__name__ for part in kinds)
+        raise ConfigError(f"{name} is {value!r}, expected {expected}")
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -225,7 +242,7 @@ def method_config(method: str, *, preset: str | None = None, **settings: Any) ->
     for name in settings:
         if name not in known:
             raise ConfigError(f"no setting {name!r}, expected one of {', '.join(sorted(known))}")
-    published = {} if preset is None else PRESETS[preset]
+    published: dict[str, Any] = {} if preset is None else PRESETS[preset]
     return MPQDMConfig(**published | METHODS[method] | settings)
 
 

@@ -169,7 +169,8 @@ class Demo:
         if self.longer and (weight_bits, act_bits) in LONGER:
             settings |= LONGER[weight_bits, act_bits]
         trained = method_config(method, weight_bits=weight_bits).trajectories > 0
-        config = method_config(method, **settings | ({} if trained else {"trajectories": 0}))
+        untrained: dict[str, Any] = {} if trained else {"trajectories": 0}
+        config = method_config(method, **{**settings, **untrained})
         sampler = demo_sampler(
             scheduler=self.scheduler, steps=config.steps, batch_size=config.batch_size,
             seed=self.seed,

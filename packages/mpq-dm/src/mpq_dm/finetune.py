@@ -8,7 +8,7 @@ the student. A trajectory is the unit of resuming: its noise and conditions foll
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class FineTuner:
         layers: the layers of the student to train, by name.
         sampler: gives the trajectories.
         config: learning rates, losses, number of trajectories.
-        num_steps: calls of the denoiser in one trajectory.
+        num_calls: calls of the denoiser in one trajectory.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class FineTuner:
         layers: Mapping[str, QuantLayer],
         sampler: Sampler,
         config: MPQDMConfig,
-        num_steps: int,
+        num_calls: int,
     ) -> None:
         self.teacher, self.student, self.layers = teacher, student, layers
         self.sampler, self.config = sampler, config
-        self.total_steps = max(1, config.trajectories * num_steps)
+        self.total_steps = max(1, config.trajectories * num_calls)
         self.done = 0
         """Trajectories that are finished."""
         self._step = 0
@@ -97,14 +97,17 @@ class FineTuner:
                 losses = self._trajectory(self.done)
                 self.done += 1
                 last = self.state()
-                if save and self.done % self.config.save_every == 0:
-                    save(last)
                 if on_trajectory:
                     on_trajectory(losses)
+                if save and self._due():
+                    save(last)
         except (KeyboardInterrupt, Exception):
             if save:
                 save(last)
             raise
+
+    def _due(self) -> bool:
+        return self.done % self.config.save_every == 0 or self.done == self.config.trajectories
 
     def _trajectory(self, number: int) -> TrajectoryLoss:
         """Let the teacher sample once, with a training step at every call."""
@@ -150,7 +153,13 @@ class FineTuner:
                 f"{self._step}{self._first_bad()}; lower the learning rates or raise the bits"
             )
         loss.backward()
-        factor = 1 - self._step / self.total_steps
+        parameters = list(self._names.values())
+        if not bool(torch.nn.utils.get_total_norm(_gradients(parameters)).isfinite()):
+            raise DivergedError(
+                f"fine-tuning: a gradient is not finite in trajectory {number}, step "
+                f"{self._step}{self._first_bad()}; lower the learning rates or raise the bits"
+            )
+        factor = max(0.0, 1 - self._step / self.total_steps)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         self.optimizer.step()
@@ -174,6 +183,9 @@ class FineTuner:
             for what, scale in (("weight", layer.weight_quant.scale), ("input", _act_scale(layer))):
                 if not bool(scale.isfinite().all()):
                     return f", the scale of the {what} of layer {name!r} is not finite"
+        for name, part in self._names.items():
+            if part.grad is not None and not bool(part.grad.isfinite().all()):
+                return f", that of {name} first"
         return ""
 
     def _grad_ratio(self, task: Tensor, relation: Tensor) -> float:
@@ -263,6 +275,10 @@ def _group(parameters: list[Any], rate: float, decay: float) -> dict[str, Any]:
 
 def _act_scale(layer: QuantLayer) -> Tensor:
     return layer.act_quant.initial * torch.exp(layer.act_quant.rho)
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [part.grad for part in parameters if part.grad is not None]
 
 
 def _numpy(values: Tensor) -> np.ndarray:

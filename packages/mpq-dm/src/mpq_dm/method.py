@@ -2,6 +2,7 @@
 """MPQ-DM from end to end: calibrate, allocate, fine-tune, pack."""
 
 import copy
+import inspect
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from mpq_dm.config import MPQDMConfig
 from mpq_dm.finetune import FineTuner, TrajectoryLoss
 from mpq_dm.layers import QuantLayer
 from mpq_dm.operators import LINEAR
-from mpq_dm.sampler import LatentSampler, PipelineSampler, Sampler, called_timesteps
+from mpq_dm.sampler import LatentSampler, PipelineSampler, Sampler, called_timesteps, every_call
 from mpq_dm.summary import QuantReport, describe
 from mpq_dm.temb_cache import cache_timestep
 
@@ -91,7 +92,7 @@ def quantize(
     if config.cache_temb:
         model = cache_timestep(model, sampler, timesteps)
     folder = resume_from or checkpoint_dir
-    checkpoints = Checkpoints(folder, config, model, timesteps) if folder else None
+    checkpoints = Checkpoints(folder, config, model, timesteps, sampler) if folder else None
     found = checkpoints.load_calibration() if checkpoints and resume_from else calibration
     if found is None:
         found = calibrate(model, sampler, timesteps, config, progress)
@@ -99,7 +100,7 @@ def quantize(
             checkpoints.save_calibration(found)
     student, layers = make_student(model, found, timesteps, config)
     losses = _finetune(
-        model, student, layers, sampler, config, len(timesteps),
+        model, student, layers, sampler, config,
         checkpoints=checkpoints, resume=resume_from is not None, progress=progress,
     )  # fmt: skip
     if config.rounding == "adaround":
@@ -236,7 +237,6 @@ def _finetune(
     layers: Mapping[str, QuantLayer],
     sampler: Sampler,
     config: MPQDMConfig,
-    num_steps: int,
     *,
     checkpoints: Checkpoints | None,
     resume: bool,
@@ -246,7 +246,8 @@ def _finetune(
     losses: list[TrajectoryLoss] = []
     if not config.trajectories or not body:
         return losses
-    tuner = FineTuner(model, student, body, sampler, config, num_steps)
+    num_calls = len(every_call(model, sampler))
+    tuner = FineTuner(model, student, body, sampler, config, num_calls)
     if checkpoints and resume:
         losses += checkpoints.load_training_(tuner)
 
@@ -293,7 +294,9 @@ def _with_denoiser(pipe: Any, model: Any) -> Any:
     if pipe is None:
         return None
     name = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
-    return type(pipe)(**{**pipe.components, name: model})
+    accepted = inspect.signature(type(pipe).__init__).parameters
+    settings = {key: value for key, value in pipe.config.items() if key in accepted}
+    return type(pipe)(**settings | {**pipe.components, name: model})
 
 
 def _latent_shape(model: Any) -> tuple[int, ...]:

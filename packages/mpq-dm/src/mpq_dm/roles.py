@@ -67,7 +67,7 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], list[str]]:
     seen: dict[int, str] = {}
     for name, module, ancestors in _walk(model):
         weight = getattr(module, "weight", None)
-        if isinstance(module, (*LINEAR, *CONVOLUTIONS, *TRANSPOSED)):
+        if type(module) in (*LINEAR, *CONVOLUTIONS, *TRANSPOSED):  # a subclass may do other things
             rows = weight_rows(module)
             tied = seen.setdefault(id(weight), name)
             role = _role(name, ancestors)

@@ -25,9 +25,13 @@ __all__ = [
     "PipelineSampler",
     "Sampler",
     "called_timesteps",
+    "every_call",
     "first_tensor",
     "following",
 ]
+
+
+_CONDITIONS_FIRST = ("DiTPipeline", "LuminaPipeline")  # others put the unconditional half first
 
 
 @runtime_checkable
@@ -90,6 +94,15 @@ class LatentSampler:
         lengths = {name: len(value) for name, value in self.conditions.items()}
         if len(set(lengths.values())) > 1:
             raise InputError(f"conditions: {lengths} entries, expected as many of each")
+        drawn = [*self.conditions, *(["class_labels"] if self.labels is not None else [])]
+        missing = [name for name in drawn if self.guidance != 1 and name not in self.negative]
+        if missing:
+            raise ConfigError(f"negative has no {missing[0]!r}, expected one for each condition")
+        if getattr(self.scheduler.config, "use_dynamic_shifting", False):
+            raise ConfigError(
+                f"{type(self.scheduler).__name__} shifts its timesteps by the image size, which "
+                "only its pipeline knows; give the pipeline, or use_dynamic_shifting=False"
+            )
 
     def arguments(self, number: int) -> dict[str, Any]:
         """Return the conditions of trajectory `number`, the unconditional half first."""
@@ -137,7 +150,10 @@ class LatentSampler:
                 inputs = scheduler.scale_model_input(inputs, timestep)
             called = (timestep * self.timestep_scale).expand(len(inputs))
             output = model(inputs, timestep=called, **arguments, return_dict=False)
-            guided = self.guide(first_tensor(output), inputs)
+            found = first_tensor(output)
+            guided = self.guide(found, inputs)
+            if _learns_variance(scheduler):  # of the conditional half, the last one
+                guided = torch.cat((guided, found[-len(x) :, x.shape[1] :]), dim=1)
             x = scheduler.step(guided, timestep, x, **extra, return_dict=False)[0]
         return x
 
@@ -231,12 +247,19 @@ class PipelineSampler:
     def guide(self, output: Tensor, sample: Tensor) -> Tensor:
         """Return the guided prediction if the pipeline doubled the batch, else the prediction."""
         output = _without_variance(output, sample)
-        if len(output) != 2 * self.batch_size:
+        if len(output) == 2 * self.batch_size:
+            free, conditional = output.chunk(2)
+            if type(self.pipe).__name__ in _CONDITIONS_FIRST:
+                free, conditional = conditional, free
+            return free + self.guidance * (conditional - free)
+        embedded = getattr(getattr(self.pipe, self.component).config, "guidance_embeds", False)
+        if len(output) == self.batch_size and (self.guidance == 1 or embedded):
             return output
-        free, conditional = output.chunk(2)
-        if type(self.pipe).__name__ == "DiTPipeline":  # the one that puts the conditions first
-            free, conditional = conditional, free
-        return free + self.guidance * (conditional - free)
+        raise ConfigError(
+            f"{type(self.pipe).__name__}: a batch of {len(output)} for {self.batch_size} images at "
+            f"guidance {self.guidance}; only guidance by a doubled batch or an embedded scale is "
+            "understood, use guidance=1"
+        )
 
 
 def called_timesteps(model: nn.Module, sampler: Sampler) -> list[float]:
@@ -245,22 +268,26 @@ def called_timesteps(model: nn.Module, sampler: Sampler) -> list[float]:
     Raises:
         ConfigError: they neither rise nor fall throughout, so no order of steps exists.
     """
-    found: list[float] = []
-
-    def follow(value: Any) -> None:
-        for timestep in torch.as_tensor(value).reshape(-1).float().tolist():
-            if timestep not in found:
-                found.append(timestep)
-
-    if isinstance(sampler, LatentSampler):
-        follow(sampler.timesteps())
-    else:
-        with following(model, lambda call, _: follow(call.arguments["timestep"])):
-            sampler.trajectory(model, 0)
+    found = list(dict.fromkeys(every_call(model, sampler)))
     steps = [later - earlier for earlier, later in pairwise(found)]
     if steps and not (all(step > 0 for step in steps) or all(step < 0 for step in steps)):
         raise ConfigError(f"timesteps of the sampler are {found}, expected rising or falling ones")
     return found
+
+
+def every_call(model: nn.Module, sampler: Sampler) -> list[float]:
+    """Return the timestep of every call of one trajectory; some schedulers repeat timesteps."""
+    if isinstance(sampler, LatentSampler):
+        return sampler.timesteps()
+    calls: list[float] = []
+
+    def follow(call: inspect.BoundArguments, _: Any) -> None:
+        timestep = torch.as_tensor(call.arguments["timestep"])
+        calls.append(float(timestep.reshape(-1)[0]))
+
+    with following(model, follow):
+        sampler.trajectory(model, 0)
+    return calls
 
 
 @contextmanager
@@ -291,6 +318,10 @@ def following(
 def first_tensor(output: Any) -> Tensor:
     """Return the prediction in a denoiser's output: a tensor, a tuple, or an output class."""
     return output if isinstance(output, Tensor) else output[0]
+
+
+def _learns_variance(scheduler: Any) -> bool:
+    return getattr(scheduler.config, "variance_type", None) in ("learned", "learned_range")
 
 
 def _without_variance(output: Tensor, sample: Tensor) -> Tensor:

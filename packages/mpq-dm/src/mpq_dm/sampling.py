@@ -22,7 +22,7 @@ from mpq_dm.metrics import bootstrap_ci, paired_error
 from mpq_dm.models import Source, open_source
 from mpq_dm.packed import set_mode
 from mpq_dm.plugin import sampling_steps
-from mpq_dm.quantizing import Conditioning, sampler_for
+from mpq_dm.quantizing import Conditioning, read_report, sampler_for
 from mpq_dm.sampler import LatentSampler, PipelineSampler, Sampler
 
 __all__ = ["decoding", "open_packed", "sample_to_folder", "samples_of"]
@@ -70,6 +70,7 @@ def sample_to_folder(
     *,
     count: int,
     steps: int | None,
+    guidance: float | None,
     against: str | None,
     mode: str,
     device: str = "cpu",
@@ -86,7 +87,10 @@ def sample_to_folder(
     if out.exists() and not overwrite:
         raise InputError(f"{out}: exists already; choose another folder or give --overwrite")
     source, calibrated = open_packed(name, mode)
-    config = replace(config, steps=steps or calibrated)
+    config = replace(config, steps=calibrated if steps is None else steps)
+    if guidance is None:
+        guidance = _calibrated_guidance(Path(name))
+    config = replace(config, guidance=guidance)
     sampler = decoding(sampler_for(source, conditioning, config))
     numbers: dict[str, Any] = {"count": count, "steps": config.steps}
     with atomic_directory(out, overwrite=overwrite) as folder, RunRecord(
@@ -110,6 +114,13 @@ def sample_to_folder(
         for key, value in numbers.items():
             record.metric(key, value, unit="1")
     return numbers
+
+
+def _calibrated_guidance(folder: Path) -> float:
+    """Return the guidance that a quantized folder's report names, or 1."""
+    if not (folder / "report.json").is_file():
+        return 1.0
+    return float(read_report(folder)["config"].get("guidance", 1.0))
 
 
 def decoding(sampler: Sampler) -> Sampler:

@@ -6,8 +6,6 @@ are averaged, positions become unit vectors, their cosines rows of a softmax, an
 are held to the teacher's by their divergence, summed over rows and samples.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -123,14 +121,3 @@ class RelationWindow:
             generator=self.generator if rows else None,
             chunk=None if small else max(1, _BLOCK_LOGITS // (batch * tokens)),
         )  # fmt: skip
-
-
-@contextmanager
-def tapped(*models: nn.Module) -> Iterator[list[FeatureTap]]:
-    """Tap several models and take the hooks off at the end."""
-    taps = [FeatureTap(model) for model in models]
-    try:
-        yield taps
-    finally:
-        for tap in taps:
-            tap.remove()
