@@ -103,6 +103,19 @@ def test_a_config_is_flat_and_the_return_value_is_the_exit_code(capsys):
     assert capsys.readouterr().out == "0.5 4\n"
 
 
+def test_a_repeated_option_collects_a_value_each_time(capsys):
+    def gather(*, tags: Annotated[tuple[str, ...], option("-t", name="tag", repeated=True)] = ()):
+        """Gather tags."""
+        say(tags)
+
+    for arguments, expected in (
+        ((), "()\n"),
+        (("--tag", "a=1", "-t", "b"), "('a=1', 'b')\n"),
+    ):
+        assert run(*arguments, commands=gather) == 0
+        assert capsys.readouterr().out == expected
+
+
 def test_a_single_function_needs_no_verb(capsys):
     assert run("x.mtx", commands=bench) == 0
     assert capsys.readouterr().out == "['x.mtx'] 20 None True \n"

@@ -41,6 +41,7 @@ class Option:
     name: str | None = None
     help: str | None = None
     metavar: str | None = None
+    repeated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +53,18 @@ class Command:
 
 
 def option(
-    *aliases: str, name: str | None = None, help: str | None = None, metavar: str | None = None
+    *aliases: str,
+    name: str | None = None,
+    help: str | None = None,
+    metavar: str | None = None,
+    repeated: bool = False,
 ) -> Option:
-    """Describe how a parameter is spelled.
+    """Describe how a parameter is spelled; a repeated one collects one value each time.
 
     Example:
         >>> Out = Annotated[str, option("-o", help="where to write")]
     """
-    return Option(aliases, name, help, metavar)
+    return Option(aliases, name, help, metavar, repeated)
 
 
 Verb = Callable[..., int | None] | Command | str
@@ -211,6 +216,7 @@ def _for_tyro(hint: Any) -> Any:
             spelling = tyro.conf.arg(
                 name=mark.name, help=mark.help, metavar=mark.metavar, aliases=mark.aliases or None
             )
+            base = tyro.conf.UseAppendAction[base] if mark.repeated else base
             base = Annotated[base, spelling]
         else:
             base = Annotated[base, mark]
