@@ -132,7 +132,7 @@ class _FakeQuant(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Any) -> Any:
+    def backward(ctx: Any, *gradients: Any) -> Any:  # pyrefly: ignore[bad-override]
         (gradient,) = gradients
         inside, slope, scale = ctx.saved_tensors
         (for_x, x_dtype), (for_scale, scale_dtype), (for_zero, zero_dtype) = ctx.shapes
