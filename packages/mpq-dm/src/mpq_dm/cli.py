@@ -37,7 +37,9 @@ ActBits = Annotated[int, option("-a", "--a", metavar="N")]
 Settings = Annotated[
     tuple[str, ...],
     option(
-        name="set", metavar="NAME=VALUE", repeated=True,
+        name="set",
+        metavar="NAME=VALUE",
+        repeated=True,
         help="any other setting of MPQDMConfig; may be given several times",
     ),
 ]
