@@ -37,9 +37,15 @@ def make_unet():
 
 
 @pytest.fixture
-def unet():
+def flat():
+    """Whether `unet` has a single level and no attention; modules and tests may say otherwise."""
+    return False
+
+
+@pytest.fixture
+def unet(flat):
     """A tiny class-conditional UNet."""
-    return tiny_unet()
+    return tiny_unet(flat=flat)
 
 
 @pytest.fixture

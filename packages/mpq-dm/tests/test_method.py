@@ -15,6 +15,13 @@ from tenfold_core.errors import ConfigError
 FAST = {"trajectories": 2, "lora_lr": 1 / 40, "act_lr": 2e-3}
 
 
+@pytest.fixture
+def flat():
+    """One level without attention is enough here."""
+    return True
+
+
+@pytest.mark.parametrize("flat", [False])
 def test_a_packed_model_computes_what_its_student_did(unet, make):
     config, sampler, timesteps = make(weight_bits=4, act_bits=8)
     student, _ = make_student(unet, calibrate(unet, sampler, timesteps, config), timesteps, config)

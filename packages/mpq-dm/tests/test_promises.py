@@ -35,22 +35,22 @@ TUNED = QUICK | {"trajectories": 2, "lora_lr": 1 / 40, "act_lr": 2e-3, "weight_b
 
 
 @pytest.fixture
-def flat(make_unet):
-    """A class-conditional UNet of one level without attention."""
-    return make_unet(flat=True)
+def flat():
+    """One level without attention is enough here."""
+    return True
 
 
 @pytest.fixture
-def made(flat, scheduler):
-    """Make a config, a sampler of the flat UNet and its timesteps."""
+def made(unet, scheduler):
+    """Make a config, a sampler of the UNet and its timesteps."""
 
     def build(method="mpq-dm", **settings):
         config = method_config(method, **TUNED | settings)
         negative = {"class_labels": torch.tensor([9])}
         sampler = make_sampler(
-            flat, config, scheduler=scheduler, labels=range(9), negative=negative
+            unet, config, scheduler=scheduler, labels=range(9), negative=negative
         )
-        return config, sampler, called_timesteps(flat, sampler)
+        return config, sampler, called_timesteps(unet, sampler)
 
     return build
 
@@ -147,16 +147,16 @@ def test_allocations_hold_on_inputs_they_have_not_seen(bits):
     assert unseen[1] < 0.85 * unseen[2]
 
 
-def test_a_trained_student_and_its_packed_model_agree_and_no_lora_is_left(made, flat):
+def test_a_trained_student_and_its_packed_model_agree_and_no_lora_is_left(made, unet):
     config, sampler, timesteps = made(weight_bits=4)
-    tuner, layers = tuner_of(flat, (config, sampler, timesteps))
+    tuner, layers = tuner_of(unet, (config, sampler, timesteps))
     tuner.run()
     assert any(layer.lora.b.abs().sum() > 0 for layer in tuner.layers.values())
     x, labels = sampler.noise(7), torch.tensor([1, 2])
     with torch.no_grad():
         expected = tuner.student(x, timesteps[0], class_labels=labels).sample
 
-    found = calibrate(flat, sampler, timesteps, config)
+    found = calibrate(unet, sampler, timesteps, config)
     packed = pack(tuner.student, layers, found, timesteps, config, sampler)
 
     set_mode(packed, "dequant")
@@ -170,16 +170,16 @@ def test_a_trained_student_and_its_packed_model_agree_and_no_lora_is_left(made, 
 # --- training -----------------------------------------------------------------------------------
 
 
-def test_the_task_loss_is_that_of_the_guided_prediction(made, flat):
+def test_the_task_loss_is_that_of_the_guided_prediction(made, unet):
     made = made("efficientdm", steps=1, guidance=3.0, trajectories=1)
-    (tuner, _), sampler = tuner_of(flat, made), made[1]
+    (tuner, _), sampler = tuner_of(unet, made), made[1]
     arguments = sampler.arguments(0)
     x = sampler.noise(0)
     pair = torch.cat((x, x))
     with torch.no_grad():
         free, wanted = (
             model(pair, made[2][0], class_labels=arguments["class_labels"]).sample.chunk(2)
-            for model in (tuner.student, flat)
+            for model in (tuner.student, unet)
         )
     guided = [part[0] + 3 * (part[1] - part[0]) for part in (free, wanted)]
     expected = (guided[0] - guided[1]).square().sum()
@@ -190,7 +190,7 @@ def test_the_task_loss_is_that_of_the_guided_prediction(made, flat):
     assert losses[0].task == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_a_window_never_spans_two_trajectories(made, flat, monkeypatch):
+def test_a_window_never_spans_two_trajectories(made, unet, monkeypatch):
     """Three steps and windows of two: one window a trajectory, the third step is dropped."""
     import mpq_dm.trd
 
@@ -199,23 +199,23 @@ def test_a_window_never_spans_two_trajectories(made, flat, monkeypatch):
     monkeypatch.setattr(
         mpq_dm.trd, "relation_kl", lambda *a, **k: calls.append(1) or relation(*a, **k)
     )
-    tuner, _ = tuner_of(flat, made(steps=3, trajectories=3, allocation="uniform"))
+    tuner, _ = tuner_of(unet, made(steps=3, trajectories=3, allocation="uniform"))
 
     tuner.run()
 
     assert len(calls) == 3
 
 
-def test_sampling_between_two_trajectories_does_not_disturb_training(made, flat):
+def test_sampling_between_two_trajectories_does_not_disturb_training(made, unet):
     made = made(allocation="uniform")
-    whole, disturbed = (tuner_of(flat, made)[0] for _ in range(2))
+    whole, disturbed = (tuner_of(unet, made)[0] for _ in range(2))
     whole.run()
 
     disturbed.run(on_trajectory=lambda _: made[1].trajectory(disturbed.student, 50))
 
     for name, value in trained(whole).items():
         assert torch.equal(value, trained(disturbed)[name]), name
-    assert not flat._forward_hooks
+    assert not unet._forward_hooks
     assert not disturbed.student.conv_norm_out._forward_pre_hooks
 
 
@@ -236,23 +236,23 @@ def test_a_teacher_in_training_mode_gives_the_same_as_one_that_is_not(make_unet,
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-def test_two_calls_a_step_share_the_scales_of_their_timestep(flat):
+def test_two_calls_a_step_share_the_scales_of_their_timestep(unet):
     """Heun calls the denoiser twice at most timesteps; counters of calls would run away."""
     heun = diffusers.HeunDiscreteScheduler()
     config = method_config("rtn-minmax", **QUICK | {"steps": 3, "weight_bits": 4})
-    sampler = make_sampler(flat, config, scheduler=heun, labels=range(10))
+    sampler = make_sampler(unet, config, scheduler=heun, labels=range(10))
     calls = []
-    handle = flat.register_forward_hook(lambda *_: calls.append(1))
-    exact = sampler.trajectory(flat, 5)
+    handle = unet.register_forward_hook(lambda *_: calls.append(1))
+    exact = sampler.trajectory(unet, 5)
     handle.remove()
 
-    packed = quantize(flat, config, sampler=sampler).model
+    packed = quantize(unet, config, sampler=sampler).model
 
     assert (len(calls), sampling_steps(packed).num_steps) == (5, 3)
     assert (sampler.trajectory(packed, 5) - exact).square().mean() < 0.1 * exact.square().mean()
 
 
-def test_float_timesteps_of_a_flow_are_calibrated_and_mixed_in_a_batch(flat, tmp_path):
+def test_float_timesteps_of_a_flow_are_calibrated_and_mixed_in_a_batch(unet, tmp_path):
     config = method_config("stepwise-mse", **QUICK | {"steps": 3, "weight_bits": 4, "act_bits": 8})
     sampler = LatentSampler(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), latent_shape=(1, 8, 8), steps=3,
@@ -260,7 +260,7 @@ def test_float_timesteps_of_a_flow_are_calibrated_and_mixed_in_a_batch(flat, tmp
     )  # fmt: skip
     timesteps = sampler.timesteps()
     assert all(0 < step <= 1 for step in timesteps)
-    quantize(flat, config, sampler=sampler).model.save_pretrained(tmp_path / "unet")
+    quantize(unet, config, sampler=sampler).model.save_pretrained(tmp_path / "unet")
     packed = mpq_dm.load(tmp_path / "unet").eval()
     x, labels = sampler.noise(0), torch.tensor([1, 2])
 
