@@ -5,12 +5,18 @@ A plain ``uv run pytest`` has only the light packages; without this, collection 
 test module whose package cannot be imported.
 """
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 __all__ = ["pytest_ignore_collect", "pytest_report_header"]
+
+
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    # The workers share the cores: with a team of threads in each, they would wait for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _missing(root: Path) -> list[str]:
